@@ -1,0 +1,1 @@
+"""Holdfast: a training service whose runs cannot be lost."""

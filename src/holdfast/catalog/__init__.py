@@ -1,0 +1,1 @@
+"""The SQL tables: sessions, runs, operations (the journal), checkpoints, samplers."""

@@ -1,0 +1,1 @@
+"""The commands: serve, quickstart, run, checkpoint, doctor."""

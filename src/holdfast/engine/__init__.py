@@ -1,0 +1,1 @@
+"""Torch: base models, LoRA adapters, losses, optimizers, sampling, capture and restore."""

@@ -1,0 +1,1 @@
+"""The wire: JSON models, protobuf messages, tinker:// paths, errors and their categories."""

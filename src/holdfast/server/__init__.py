@@ -1,0 +1,1 @@
+"""The ASGI app: thin routes, one module per resource; authentication; settings."""

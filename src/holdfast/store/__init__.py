@@ -1,0 +1,1 @@
+"""The durable checkpoint store: blobs, manifests, names, verification, garbage collection."""
