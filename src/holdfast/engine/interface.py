@@ -140,7 +140,7 @@ class Engine(Protocol):
         ...
 
     async def create(self, run: str, config: RunConfig) -> StateInfo:
-        """Initialise a run: LoRA weights from the seed, a cold optimizer. Replaces a run of that id."""
+        """Initialise a run: LoRA weights from the seed, cold optimizer. Replaces one of that id."""
         ...
 
     async def restore(

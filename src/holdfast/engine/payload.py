@@ -1,0 +1,249 @@
+"""The bytes of batches and results, as journaled and as sent to a worker.
+
+Each is one safetensors document: tensors by name, everything else as one JSON text in the
+document's metadata. Equal content gives equal bytes, so a body's hash identifies it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+Array = npt.NDArray[Any]
+
+
+class PayloadError(ValueError):
+    """Bytes that are not a document of the expected format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Datum:
+    """One sequence to train on."""
+
+    tokens: Array
+    """int32 [N], the model's input."""
+    inputs: Mapping[str, Array]
+    """Loss function inputs, e.g. target_tokens int64 [N] or [N, K] and weights float32 alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The body of a forward or forward_backward."""
+
+    data: Sequence[Datum]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float | str] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        tensors: dict[str, Array] = {}
+        for i, datum in enumerate(self.data):
+            tensors[f"{i}.tokens"] = datum.tokens
+            for name, value in datum.inputs.items():
+                tensors[f"{i}.inputs.{name}"] = value
+        meta = {
+            "count": len(self.data),
+            "loss_fn": self.loss_fn,
+            "loss_fn_config": dict(self.loss_fn_config),
+        }
+        return _encode("holdfast.batch.1", meta, tensors)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Batch:
+        meta, tensors = _decode("holdfast.batch.1", data)
+        tokens: list[Array | None] = [None] * meta["count"]
+        inputs: list[dict[str, Array]] = [{} for _ in range(meta["count"])]
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            if name == "tokens":
+                tokens[int(index)] = value
+            else:
+                inputs[int(index)][name.removeprefix("inputs.")] = value
+        return cls(
+            data=[Datum(t, i) for t, i in zip(tokens, inputs, strict=True) if t is not None],
+            loss_fn=meta["loss_fn"],
+            loss_fn_config=meta["loss_fn_config"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """The result of a forward or forward_backward."""
+
+    outputs: Sequence[Mapping[str, Array]]
+    """Per datum; every loss gives `logprobs`, float32, in the shape of its target_tokens."""
+    metrics: Mapping[str, float]
+    """Names end in their reduction over chunks, `loss:sum`; the same names for every batch."""
+
+    def encode(self) -> bytes:
+        tensors = {
+            f"{i}.{name}": value
+            for i, output in enumerate(self.outputs)
+            for name, value in output.items()
+        }
+        meta = {"count": len(self.outputs), "metrics": dict(self.metrics)}
+        return _encode("holdfast.forward.1", meta, tensors)
+
+    @classmethod
+    def decode(cls, data: bytes) -> ForwardOutput:
+        meta, tensors = _decode("holdfast.forward.1", data)
+        outputs: list[dict[str, Array]] = [{} for _ in range(meta["count"])]
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            outputs[int(index)][name] = value
+        return cls(outputs, meta["metrics"])
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """The body of a sampling operation; the meaning of each field is the wire's (WIRE.md 8)."""
+
+    prompt: Array
+    """int32 [N]"""
+    num_samples: int = 1
+    max_tokens: int | None = None
+    """None: up to the model's context."""
+    seed: int | None = None
+    """The server draws one when the client gave none, so that a body fixes its result."""
+    stop: Sequence[str] | Sequence[int] | None = None
+    """None: the model's end-of-sequence token; empty: no stop at all."""
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    prompt_logprobs: bool = False
+    prompt_logprobs_last_n: int | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    prompt_alt_tokens_k: int = 0
+    target_prompt_tokens: Array | None = None
+    """int64 [N-1, K], -1 where nothing is asked; row i scores position i + 1."""
+
+    def encode(self) -> bytes:
+        tensors: dict[str, Array] = {"prompt": self.prompt}
+        if self.target_prompt_tokens is not None:
+            tensors["target_prompt_tokens"] = self.target_prompt_tokens
+        meta = {name: getattr(self, name) for name in self.__slots__ if name not in _SAMPLE_TENSORS}
+        meta["stop"] = None if self.stop is None else list(self.stop)
+        return _encode("holdfast.sample_request.1", meta, tensors)
+
+    @classmethod
+    def decode(cls, data: bytes) -> SampleRequest:
+        meta, tensors = _decode("holdfast.sample_request.1", data)
+        return cls(
+            prompt=tensors["prompt"],
+            target_prompt_tokens=tensors.get("target_prompt_tokens"),
+            **meta,
+        )
+
+
+_SAMPLE_TENSORS = ("prompt", "target_prompt_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """Per position the k likeliest tokens; filler is token 0 with log-probability -99999."""
+
+    tokens: Array
+    """int32 [L, k]"""
+    logprobs: Array
+    """float32 [L, k]"""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSequence:
+    tokens: Array
+    """int32 [L], the stop token included when one ended it."""
+    logprobs: Array
+    """float32 [L], under temperature 1, the model's own distribution."""
+    stop_reason: str
+    """"stop" or "length"."""
+    topk: TopK | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    sequences: Sequence[SampledSequence]
+    prompt_logprobs: Array | None = None
+    """float32 [N], NaN where there is none (always the first)."""
+    topk_prompt: TopK | None = None
+    target_prompt_logprobs: Array | None = None
+    """float32 [N-1, K], NaN where nothing was asked."""
+    prompt_alt: TopK | None = None
+    """Alternatives sampled at the request's temperature, per prompt position."""
+
+    def encode(self) -> bytes:
+        tensors: dict[str, Array] = {}
+        for i, sequence in enumerate(self.sequences):
+            tensors[f"{i}.tokens"] = sequence.tokens
+            tensors[f"{i}.logprobs"] = sequence.logprobs
+            _put_topk(tensors, f"{i}.topk", sequence.topk)
+        if self.prompt_logprobs is not None:
+            tensors["prompt_logprobs"] = self.prompt_logprobs
+        if self.target_prompt_logprobs is not None:
+            tensors["target_prompt_logprobs"] = self.target_prompt_logprobs
+        _put_topk(tensors, "topk_prompt", self.topk_prompt)
+        _put_topk(tensors, "prompt_alt", self.prompt_alt)
+        meta = {"stop_reasons": [s.stop_reason for s in self.sequences]}
+        return _encode("holdfast.sample.1", meta, tensors)
+
+    @classmethod
+    def decode(cls, data: bytes) -> SampleOutput:
+        meta, tensors = _decode("holdfast.sample.1", data)
+        return cls(
+            sequences=[
+                SampledSequence(
+                    tensors[f"{i}.tokens"],
+                    tensors[f"{i}.logprobs"],
+                    reason,
+                    _get_topk(tensors, f"{i}.topk"),
+                )
+                for i, reason in enumerate(meta["stop_reasons"])
+            ],
+            prompt_logprobs=tensors.get("prompt_logprobs"),
+            target_prompt_logprobs=tensors.get("target_prompt_logprobs"),
+            topk_prompt=_get_topk(tensors, "topk_prompt"),
+            prompt_alt=_get_topk(tensors, "prompt_alt"),
+        )
+
+
+def _put_topk(tensors: dict[str, Array], key: str, value: TopK | None) -> None:
+    if value is not None:
+        tensors[f"{key}.tokens"] = value.tokens
+        tensors[f"{key}.logprobs"] = value.logprobs
+
+
+def _get_topk(tensors: Mapping[str, Array], key: str) -> TopK | None:
+    if f"{key}.tokens" not in tensors:
+        return None
+    return TopK(tensors[f"{key}.tokens"], tensors[f"{key}.logprobs"])
+
+
+def _encode(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
+    # One metadata entry only: safetensors keeps no order among several.
+    text = json.dumps({"format": kind, **meta}, sort_keys=True, separators=(",", ":"))
+    contiguous = {
+        # reshape: ascontiguousarray turns a scalar into one dimension.
+        name: np.ascontiguousarray(value).reshape(value.shape)
+        for name, value in tensors.items()
+    }
+    return save(contiguous, metadata={"holdfast": text})
+
+
+def _decode(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
+    try:
+        header_size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + header_size])
+        meta = json.loads(header["__metadata__"]["holdfast"])
+        tensors = load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise PayloadError(f"not a {kind} document: {error}") from error
+    found = meta.pop("format", None)
+    if found != kind:
+        raise PayloadError(f"a document of format {found!r} where {kind!r} is expected")
+    return meta, tensors
