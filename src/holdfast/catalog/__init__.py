@@ -1,1 +1,7 @@
 """The SQL tables: sessions, runs, operations (the journal), checkpoints, samplers."""
+
+from holdfast.catalog import tables
+from holdfast.catalog.database import Catalog, CatalogUnavailable
+from holdfast.catalog.migrations import NewerCatalog
+
+__all__ = ["Catalog", "CatalogUnavailable", "NewerCatalog", "tables"]

@@ -1,0 +1,137 @@
+"""The tables. Times are UTC seconds, booleans and JSON are SQLAlchemy's portable types."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("hash", String, nullable=False, unique=True),  # sha256 of the whole key, hex
+    Column("owner", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("revoked", Float),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("idempotency_key", String, index=True),
+    Column("client", String, nullable=False),  # the client's family: python, elixir, …
+    Column("sdk_version", String),
+    Column("tags", JSON, nullable=False),
+    Column("user_metadata", JSON),
+    Column("project_id", String),
+    Column("display_name", String),
+    Column("created", Float, nullable=False),
+    Column("ended", Float),
+    Column("end_reason", String),  # success, errored, interrupted, expired
+    Column("end_detail", Text),
+)
+
+# A model id may come again after a failed creation: the generation tells its lives apart.
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("session_id", String, nullable=False, index=True),
+    Column("owner", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("last_request", Float, nullable=False),
+    Column("state", String, nullable=False),  # live, unloaded, failed, replaced
+    Column("state_detail", Text),
+    Column("base_model", String),  # empty until a creating load has read its checkpoint
+    Column("config", JSON),  # rank, alpha, seed, train_*, optimizer
+    Column("user_metadata", JSON),
+    Column("corrupted", Boolean, nullable=False),
+    Column("parent", String),  # manifest that the run was created from
+    Index("ix_runs_owner_created", "owner", "created"),
+)
+
+# The journal. Operation 0 creates the run.
+operations = Table(
+    "operations",
+    metadata,
+    Column("run_id", String, primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("state", String, nullable=False),  # accepted, running, done, failed, skipped
+    Column("body_hash", String),
+    Column("body", LargeBinary),
+    Column("target", String),  # manifest that a load resolved to, or a save made
+    Column("result", LargeBinary),
+    Column("error", JSON),  # code, message, category
+    Column("accepted", Float, nullable=False),
+    Column("settled", Float),
+    Column("read", Float),
+    ForeignKeyConstraint(["run_id", "generation"], ["runs.id", "runs.generation"]),
+    Index("ix_operations_state", "state"),
+)
+
+# Automatic and named recovery points of a run, by the position they were taken at.
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("run_id", String, primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("manifest", String, nullable=False),
+    Column("created", Float, nullable=False),
+    ForeignKeyConstraint(["run_id", "generation"], ["runs.id", "runs.generation"]),
+)
+
+# An index of the store's names; the store is the truth.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("run_id", String, primary_key=True),
+    Column("kind", String, primary_key=True),  # weights, sampler_weights
+    Column("name", String, primary_key=True),
+    Column("manifest", String, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("expires", Float),
+    Column("public", Boolean, nullable=False),
+    Column("size", Integer, nullable=False),  # bytes of its blobs
+    Column("user_metadata", JSON),
+    Index("ix_checkpoints_owner_created", "owner", "created"),
+)
+
+samplers = Table(
+    "samplers",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("session_id", String, nullable=False, index=True),
+    Column("owner", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("model_path", String),
+    Column("manifest", String),  # empty for a base model
+    Column("created", Float, nullable=False),
+)
