@@ -1,1 +1,1 @@
-"""The wire: JSON models, protobuf messages, tinker:// paths, errors and their categories."""
+"""The wire: JSON bodies, protobuf messages, `tinker://` paths, errors and their categories."""
