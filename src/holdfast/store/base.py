@@ -1,0 +1,193 @@
+"""What every store can do, wherever it keeps its bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from holdfast.store.errors import MissingManifest, MissingName, StoreError
+from holdfast.store.model import Blob, Manifest, NameKey
+
+OnDamage = Callable[[StoreError], None]
+"""Told of a damaged entry, which is then left out; without it the error is raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a sweep removed, and what it left for a later one."""
+
+    names: tuple[NameKey, ...] = ()
+    """Expired names."""
+    manifests: int = 0
+    blobs: int = 0
+    size: int = 0
+    """Bytes of the removed blobs."""
+    waiting: int = 0
+    """Entries that will go unless somebody comes to use them."""
+    damaged: tuple[str, ...] = ()
+    """Damaged files. While there are any, nothing is removed that they may refer to."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was read in full, and everything that is wrong with it."""
+
+    manifests: int
+    blobs: int
+    size: int
+    """Bytes of the blobs read."""
+    problems: tuple[StoreError, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+class Store(ABC):
+    """Checkpoints: immutable blobs and manifests, and names that point to manifests.
+
+    Safe to use from several threads and several processes at once. What has returned is durable.
+    Every method raises an error of `holdfast.store.errors`.
+    """
+
+    @abstractmethod
+    def put_blob(self, parts: Iterable[bytes | memoryview]) -> Blob:
+        """Write a blob, hashed on the way; durable when it returns.
+
+        Equal content that is there already is replaced by what was written now, so nothing of
+        an older, perhaps damaged file is trusted. The blob stays until it is published, or for
+        at least an hour of server time.
+        """
+
+    @abstractmethod
+    def read_blob(self, blob: Blob, *, what: str) -> bytes:
+        """A blob's verified bytes.
+
+        `what` names it in errors, e.g. "adapter_model.safetensors of run/weights/final". Raises
+        MissingBlob, or CorruptBlob when size or hash differ.
+        """
+
+    @abstractmethod
+    def read_blob_into(self, blob: Blob, buffer: memoryview, *, what: str) -> None:
+        """`read_blob` into a writable buffer of exactly the blob's size.
+
+        When it raises, the buffer's content means nothing.
+        """
+
+    @abstractmethod
+    def has_blob(self, blob: Blob) -> bool:
+        """Whether a blob is there, in the right size; its content is not read."""
+
+    @abstractmethod
+    def publish(self, manifest: Manifest) -> str:
+        """Store a manifest durably and return its id.
+
+        Raises MissingBlob, or CorruptBlob for one of another size. With a name, it stays for an
+        hour of server time at least, afterwards only while a name points to it or it is pinned;
+        without one, until it is discarded. Publishing it again changes nothing.
+        """
+
+    @abstractmethod
+    def read_manifest(self, manifest_id: str) -> Manifest:
+        """A verified manifest. Raises MissingManifest or CorruptManifest."""
+
+    @abstractmethod
+    def set_name(
+        self,
+        key: NameKey,
+        manifest_id: str,
+        *,
+        replace: bool = False,
+    ) -> None:
+        """Point a name to a manifest, atomically: readers and crashes see the old or the new.
+
+        A name that points elsewhere and has not expired is an error (NameTaken) unless `replace`.
+        Raises MissingManifest when there is no such manifest.
+        """
+
+    @abstractmethod
+    def resolve(self, key: NameKey) -> str | None:
+        """The id that a name points to; None when it is not there or has expired."""
+
+    @abstractmethod
+    def delete_name(self, key: NameKey) -> bool:
+        """Remove a name durably; whether it was there. Its bytes go with a later sweep."""
+
+    @abstractmethod
+    def names(
+        self, run: str | None = None, *, on_damage: OnDamage | None = None
+    ) -> Iterator[tuple[NameKey, str]]:
+        """All names, or those of one run, that have not expired, with their manifests' ids."""
+
+    @abstractmethod
+    def unnamed(
+        self, run: str | None = None, *, on_damage: OnDamage | None = None
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Published manifests without a name, not discarded yet."""
+
+    @abstractmethod
+    def discard(self, manifest_id: str) -> bool:
+        """Remove an unnamed manifest durably; whether it was there."""
+
+    @abstractmethod
+    def pin(self, manifest_id: str) -> AbstractContextManager[Manifest]:
+        """Keep a manifest and its blobs from every sweep while the context lasts.
+
+        Raises MissingManifest. The pin ends with the process that holds it.
+        """
+
+    @abstractmethod
+    def sweep(self) -> SweepReport:
+        """Remove what has expired and what nothing refers to any more.
+
+        Meant to be called every minute or so by one process. Safe beside running saves and
+        loads of any process, and whatever the clock does: see `holdfast.store.sweep`.
+        """
+
+    @abstractmethod
+    def verify(self, manifest_id: str | None = None) -> VerifyReport:
+        """Read one manifest and its blobs, or everything in the store, and report what is wrong."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Idempotent."""
+
+    def amend(self, key: NameKey, **changes: Any) -> str:
+        """Publish a changed copy of a name's manifest and move the name to it; the new id.
+
+        `changes` are fields of Manifest, e.g. `expires`, `public`, `user_metadata`. A concurrent
+        overwrite is not undone: the change then applies to the newer checkpoint. Raises
+        MissingName.
+        """
+        while True:
+            current = self.resolve(key)
+            if current is None:
+                raise MissingName(f"there is no checkpoint {key}")
+            try:
+                with self.pin(current) as manifest:
+                    manifest_id = self.publish(dataclasses.replace(manifest, **changes))
+                    if self._move_name(key, current, manifest_id):
+                        return manifest_id
+            except MissingManifest:
+                if self.resolve(key) == current:
+                    raise
+
+    @abstractmethod
+    def _move_name(self, key: NameKey, current: str, manifest_id: str) -> bool:
+        """Point a name from `current` to `manifest_id`; False when it points elsewhere now."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,230 @@
+"""The file-system port: the few calls through which the store touches a disk.
+
+Small, so that tests can replace it by a file system that loses power at any call. Paths are
+absolute. Every call raises OSError as the operating system does.
+"""
+
+# ruff: noqa: PTH  (one thin layer over the operating system's calls, without path objects)
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is known about a file without reading it."""
+
+    size: int
+    is_file: bool
+    is_dir: bool
+    identity: tuple[int, ...]
+    """Changes when another file takes the place of this one."""
+
+
+class WriteFile(Protocol):
+    """A new file. Its creator holds it locked until it is closed."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of `data`."""
+        ...
+
+    def sync(self) -> None:
+        """Return once the content is on the disk. After a failure the file must be given up."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ReadFile(Protocol):
+    """An existing regular file."""
+
+    size: int
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill `buffer` from the current position; fewer bytes only at the end of the file."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Files(Protocol):
+    """A file system. An entry is durable only after `sync_dir` of its directory."""
+
+    def create(self, path: str) -> WriteFile:
+        """Create a file exclusively, locked."""
+        ...
+
+    def open(self, path: str) -> ReadFile:
+        """Open a regular file to read; a symbolic link is refused (ELOOP)."""
+        ...
+
+    def link(self, old: str, new: str) -> None:
+        """Give a file a second name; fails (EEXIST) rather than replace."""
+        ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Move a file, replacing what is there."""
+        ...
+
+    def unlink(self, path: str) -> None: ...
+
+    def mkdir(self, path: str) -> None: ...
+
+    def sync_dir(self, path: str) -> None:
+        """Return once the directory's entries are on the disk."""
+        ...
+
+    def list(self, path: str) -> list[str]:
+        """Names of a directory's entries, sorted."""
+        ...
+
+    def stat(self, path: str) -> Status | None:
+        """None when nothing is there. Does not follow a symbolic link."""
+        ...
+
+    def lock(self, path: str, *, exclusive: bool) -> AbstractContextManager[object]:
+        """Wait for a lock on an existing file; leaving the context, or dying, releases it."""
+        ...
+
+    def is_locked(self, path: str) -> bool:
+        """Whether anybody holds the file locked."""
+        ...
+
+
+class LocalFiles:
+    """The operating system's file system (POSIX)."""
+
+    def create(self, path: str) -> WriteFile:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # at most as long as is_locked looks
+        except BaseException:
+            os.close(fd)
+            raise
+        return _LocalWriteFile(fd)
+
+    def open(self, path: str) -> ReadFile:
+        # O_NONBLOCK: a named pipe in a file's place must not block.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return _LocalReadFile(fd, path)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def link(self, old: str, new: str) -> None:
+        os.link(old, new, follow_symlinks=False)
+
+    def rename(self, old: str, new: str) -> None:
+        os.replace(old, new)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path)
+
+    def sync_dir(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def list(self, path: str) -> list[str]:
+        return sorted(os.listdir(path))
+
+    def stat(self, path: str) -> Status | None:
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        return Status(
+            size=found.st_size,
+            is_file=stat.S_ISREG(found.st_mode),
+            is_dir=stat.S_ISDIR(found.st_mode),
+            identity=(found.st_ino, found.st_mtime_ns, found.st_size),
+        )
+
+    def lock(self, path: str, *, exclusive: bool) -> AbstractContextManager[object]:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        except BaseException:
+            os.close(fd)
+            raise
+        return _Lock(fd)
+
+    def is_locked(self, path: str) -> bool:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+
+class _LocalWriteFile:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+class _LocalReadFile:
+    def __init__(self, fd: int, path: str) -> None:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(0, f"{path} is not a regular file")
+        self._fd = fd
+        self.size = found.st_size
+
+    def readinto(self, buffer: memoryview) -> int:
+        done = 0
+        while done < len(buffer):
+            count = os.readv(self._fd, [buffer[done:]])
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+class _Lock:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)

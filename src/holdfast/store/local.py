@@ -1,0 +1,254 @@
+"""The store on a local disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from holdfast.store.audit import verify_all, verify_manifest
+from holdfast.store.base import OnDamage, Store, SweepReport, VerifyReport
+from holdfast.store.disk import Disk
+from holdfast.store.errors import (
+    CorruptBlob,
+    CorruptName,
+    InvalidValue,
+    MissingBlob,
+    MissingManifest,
+    NameTaken,
+    StoreError,
+    storage_errors,
+)
+from holdfast.store.files import Files, LocalFiles
+from holdfast.store.model import Blob, Manifest, NameKey, check_id, content_hash
+from holdfast.store.records import NameRecord, file_name, run_prefix
+from holdfast.store.sweep import Sweeper
+from holdfast.store.transfer import read_verified, write_hashed
+
+
+class LocalStore(Store):
+    """A store in a directory, created when it is not there.
+
+    `files`, `wall` (seconds since 1970) and `monotonic` (seconds) are replaced by tests.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        files: Files | None = None,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._disk = Disk(str(Path(root).resolve()), files or LocalFiles())
+        self._files = self._disk.files
+        self._wall = wall
+        self._sweeper = Sweeper(self._disk, wall, monotonic)
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+    # Blobs
+
+    def put_blob(self, parts: Iterable[bytes | memoryview]) -> Blob:
+        with self._disk.temporary("writing a blob") as (file, temporary):
+            blob = write_hashed(file, parts)
+            file.sync()
+            with self._disk.changing():
+                mark = self._disk.mark_fresh(blob.hash)
+                try:
+                    self._files.rename(temporary, self._blob_path(blob))
+                except OSError:
+                    self._disk.unlink(mark)
+                    raise
+            self._disk.sync_dir("blobs")
+        return blob
+
+    def read_blob(self, blob: Blob, *, what: str) -> bytes:
+        buffer = bytearray(blob.size)
+        self.read_blob_into(blob, memoryview(buffer), what=what)
+        return bytes(buffer)
+
+    def read_blob_into(self, blob: Blob, buffer: memoryview, *, what: str) -> None:
+        view = buffer.cast("B")
+        if len(view) != blob.size:
+            raise InvalidValue(f"{what} has {blob.size} bytes, the buffer {len(view)}")
+        path = self._blob_path(blob)
+        with storage_errors(f"reading {what} from {path}"), self._disk.open(path) as file:
+            if file is None:
+                raise MissingBlob(f"{what} is missing: there is no {path}")
+            read_verified(file, blob, view, what, path)
+
+    def has_blob(self, blob: Blob) -> bool:
+        path = self._blob_path(blob)
+        with storage_errors(f"looking for {path}"):
+            status = self._files.stat(path)
+        return status is not None and status.is_file and status.size == blob.size
+
+    # Manifests
+
+    def publish(self, manifest: Manifest) -> str:
+        data = manifest.to_bytes()
+        manifest_id = content_hash(data)
+        directory = "unnamed" if manifest.name is None else "manifests"
+        with self._disk.temporary(f"publishing manifest {manifest_id}") as (file, temporary):
+            file.write(data)
+            file.sync()
+            with self._disk.changing():
+                self._check_blobs(manifest)
+                if manifest.name is not None:
+                    self._disk.mark_fresh(manifest_id)
+                self._files.rename(temporary, self._disk.path(directory, manifest_id))
+            self._disk.sync_dir(directory)
+            self._disk.clear_fresh({blob.hash for blob in manifest.files.values()})
+        return manifest_id
+
+    def read_manifest(self, manifest_id: str) -> Manifest:
+        check_id(manifest_id)
+        for directory in ("manifests", "unnamed"):
+            manifest = self._disk.read_manifest(directory, manifest_id)
+            if manifest is not None:
+                return manifest
+        raise MissingManifest(f"there is no manifest {manifest_id} in {self._disk.root}")
+
+    def unnamed(
+        self, run: str | None = None, *, on_damage: OnDamage | None = None
+    ) -> Iterator[tuple[str, Manifest]]:
+        for entry in self._disk.list("unnamed"):
+            manifest = None
+            with _damage_to(on_damage):
+                manifest = self._disk.read_manifest("unnamed", entry)
+            if manifest is not None and run in (None, manifest.run):
+                yield entry, manifest
+
+    def discard(self, manifest_id: str) -> bool:
+        check_id(manifest_id)
+        with storage_errors(f"discarding manifest {manifest_id}"):
+            return self._disk.remove_durably("unnamed", manifest_id)
+
+    @contextmanager
+    def pin(self, manifest_id: str) -> Iterator[Manifest]:
+        check_id(manifest_id)
+        path = self._disk.path("pins", f"{manifest_id}.{uuid4().hex}")
+        with storage_errors(f"pinning manifest {manifest_id}"), self._disk.changing():
+            manifest = self.read_manifest(manifest_id)
+            lock = self._files.create(path)
+        try:
+            yield manifest
+        finally:
+            with suppress(OSError):  # a sweep removes a pin that nobody holds
+                lock.close()
+                self._disk.unlink(path)
+
+    # Names
+
+    def set_name(self, key: NameKey, manifest_id: str, *, replace: bool = False) -> None:
+        existing = self._point(key, manifest_id, lambda current: replace)
+        if existing != manifest_id:
+            raise NameTaken(f"there is a checkpoint {key} already", existing)
+
+    def _move_name(self, key: NameKey, current: str, manifest_id: str) -> bool:
+        return self._point(key, manifest_id, lambda found: found == current) == manifest_id
+
+    def _point(
+        self, key: NameKey, manifest_id: str, may_replace: Callable[[str | None], bool]
+    ) -> str:
+        """Point a name to a manifest unless it must not replace what is there; what is there then.
+
+        `may_replace` gets the id that the name points to, None for a damaged record.
+        """
+        manifest = self.read_manifest(manifest_id)
+        if manifest.key != key:
+            raise InvalidValue(f"manifest {manifest_id} is {manifest.key or 'unnamed'}, not {key}")
+        entry = file_name(key)
+        with self._disk.temporary(f"setting the name {key}") as (file, temporary):
+            file.write(NameRecord(key, manifest_id, manifest.expires).encode())
+            file.sync()
+            with self._disk.changing(), self._disk.naming():
+                try:
+                    current = self._current(self._disk.read_record(entry))
+                except CorruptName:
+                    if not may_replace(None):
+                        raise
+                    current = None
+                if current not in (None, manifest_id) and not may_replace(current):
+                    assert current is not None
+                    return current
+                if self._files.stat(self._disk.path("manifests", manifest_id)) is None:
+                    raise MissingManifest(f"manifest {manifest_id} was removed meanwhile")
+                # Also when it points there already: whoever did that may not have synced it.
+                self._files.rename(temporary, self._disk.path("names", entry))
+            self._disk.sync_dir("names")
+            self._disk.clear_fresh({manifest_id})
+        return manifest_id
+
+    def resolve(self, key: NameKey) -> str | None:
+        return self._current(self._disk.read_record(file_name(key)))
+
+    def delete_name(self, key: NameKey) -> bool:
+        entry = file_name(key)
+        with (
+            storage_errors(f"deleting the name {key}"),
+            self._disk.changing(),
+            self._disk.naming(),
+        ):
+            try:
+                there = self._current(self._disk.read_record(entry)) is not None
+            except CorruptName:
+                there = True
+            return self._disk.remove_durably("names", entry) and there
+
+    def names(
+        self, run: str | None = None, *, on_damage: OnDamage | None = None
+    ) -> Iterator[tuple[NameKey, str]]:
+        prefix = "" if run is None else run_prefix(run)
+        for entry in self._disk.list("names"):
+            if entry.startswith(prefix):
+                record = None
+                with _damage_to(on_damage):
+                    record = self._disk.read_record(entry)
+                if record is not None and (current := self._current(record)) is not None:
+                    yield record.key, current
+
+    # Looking after it
+
+    def sweep(self) -> SweepReport:
+        with storage_errors(f"sweeping the store {self._disk.root}"):
+            return self._sweeper.sweep()
+
+    def verify(self, manifest_id: str | None = None) -> VerifyReport:
+        if manifest_id is None:
+            return verify_all(self._disk)
+        return verify_manifest(self._disk, self.read_manifest(manifest_id))
+
+    def _blob_path(self, blob: Blob) -> str:
+        return self._disk.path("blobs", check_id(blob.hash, "blob hash"))
+
+    def _check_blobs(self, manifest: Manifest) -> None:
+        for name, blob in manifest.files.items():
+            path = self._blob_path(blob)
+            status = self._files.stat(path)
+            if status is None:
+                raise MissingBlob(f"{name} cannot be published: there is no {path}")
+            if not status.is_file or status.size != blob.size:
+                raise CorruptBlob(
+                    f"{name} cannot be published: {path} has {status.size} bytes, not {blob.size}",
+                    path,
+                )
+
+    def _current(self, record: NameRecord | None) -> str | None:
+        if record is None or (record.expires is not None and record.expires <= self._wall()):
+            return None
+        return record.manifest
+
+
+@contextmanager
+def _damage_to(on_damage: OnDamage | None) -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        if on_damage is None:
+            raise
+        on_damage(error)
