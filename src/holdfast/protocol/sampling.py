@@ -62,6 +62,7 @@ class JoinSamplingSessionRequest(Body):
 
 class JoinSamplingSessionResponse(Body):
     client_counter: int
+    type: Literal["join_sampling_session"] = "join_sampling_session"
 
 
 class SamplingParams(Body):
