@@ -215,12 +215,12 @@ class Disk:
         while self.files.stat(path) is None:
             missing.append(path)
             path = _parent(path)
-        # From the top: a directory that is there has a durable parent, wherever this stops.
+        # Whoever made the lowest directory there is may not have lived to sync its parent.
+        with suppress(PermissionError):  # then it was not made by us
+            self.files.sync_dir(_parent(path))
         for path in reversed(missing):
             self._make_dir(path)
             self.files.sync_dir(_parent(path))
-        if not missing:
-            self.files.sync_dir(_parent(self.root))
 
     def _make_dir(self, path: str) -> None:
         try:

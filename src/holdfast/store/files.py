@@ -4,7 +4,8 @@ Small, so that tests can replace it by a file system that loses power at any cal
 absolute. Every call raises OSError as the operating system does.
 """
 
-# ruff: noqa: PTH  (one thin layer over the operating system's calls, without path objects)
+# A thin layer over the operating system's calls, which take text:
+# ruff: noqa: PTH102, PTH105, PTH108, PTH208
 
 from __future__ import annotations
 
