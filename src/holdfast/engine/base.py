@@ -1,0 +1,142 @@
+"""Loads a base model: any causal language model of transformers with safetensors weights."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from holdfast.engine.fingerprint import fingerprint
+from holdfast.engine.interface import BaseModelInfo, EngineError
+
+_NUMERIC_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_OTHER_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A frozen base model, in eval mode, without dropout."""
+
+    model: Any
+    """The causal language model; PEFT's layers are put into it as slots are made."""
+    info: BaseModelInfo
+    directory: Path
+    device: torch.device
+    eos_token_ids: tuple[int, ...]
+
+
+def load_base(
+    name: str,
+    source: str,
+    *,
+    tokenizer_id: str | None = None,
+    device: str = "cpu",
+    threads: int,
+    token_budget: int,
+) -> Base:
+    """Load the model at `source`, a local directory or a hub id.
+
+    fp32 on CPU, bf16 on an accelerator. Raises EngineError (server) when it cannot be loaded.
+    """
+    directory = _locate(source)
+    if tokenizer_id is None and not Path(source).is_dir():
+        tokenizer_id = source
+    target = torch.device(device)
+    dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        _without_dropout(config)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, dtype=dtype, use_safetensors=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(
+            "model_not_loadable", f"The base model {name!r} cannot be loaded: {error}", "server"
+        ) from error
+    model.to(target)
+    model.eval()
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    text = config.get_text_config()
+    info = BaseModelInfo(
+        name=name,
+        revision=revision(directory),
+        architecture=type(model).__name__,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_sequence_length=int(getattr(text, "max_position_embeddings", 1 << 20)),
+        tokenizer_id=tokenizer_id,
+        fingerprint=fingerprint(
+            device=target,
+            dtype=dtype,
+            attention=str(model.config._attn_implementation),
+            threads=threads,
+            token_budget=token_budget,
+        ),
+    )
+    return Base(model, info, directory, target, _eos_token_ids(model))
+
+
+def revision(directory: Path) -> str:
+    """blake3 over the names and bytes of the files that decide the model's numbers."""
+    total = blake3()
+    for path in sorted({path for pattern in _NUMERIC_FILES for path in directory.glob(pattern)}):
+        content = blake3(max_threads=blake3.AUTO)
+        content.update_mmap(path)
+        total.update(f"{path.name}\0{content.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' advice to interactive users out of the log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _locate(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise EngineError(
+                "model_not_loadable",
+                f"{source!r} has no config.json: it is no model directory.",
+                "server",
+            )
+        return path.resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*_NUMERIC_FILES, *_OTHER_FILES]))
+    except Exception as error:  # The hub's client raises errors of several libraries.
+        raise EngineError(
+            "model_not_loadable",
+            f"{source!r} is no directory here, and as a hub id it could not be fetched: {error}",
+            "server",
+        ) from error
+
+
+def _without_dropout(config: Any) -> None:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in vars(part).items():
+            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+                setattr(part, key, 0.0)
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()

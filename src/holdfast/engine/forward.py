@@ -1,0 +1,253 @@
+"""Runs one micro-batch: trunk, head in row blocks, loss, and backward through both.
+
+Legend: B sequences, W padded width, T tokens without padding, K targets per token, H hidden size,
+V vocabulary. Right padding needs no mask: under causal attention no token sees what follows it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from holdfast.engine.base import Base
+from holdfast.engine.batch import CheckedBatch
+from holdfast.engine.interface import EngineError
+from holdfast.engine.plan import MicroBatch
+
+
+class Network:
+    """A causal language model as two halves: its trunk, and its head with the final transform.
+
+    The head is the model's own forward with the trunk replaced by a stub, so that softcaps and
+    scalings after the last matrix product are the model's own code.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._model = base.model
+        self._prefix = base.model.base_model_prefix
+        self.device = base.device
+        self.splits = self._check_split()
+        """Whether the head gives the same bits apart from the trunk."""
+
+    def trunk(self, tokens_BW: Tensor, **cache: Any) -> Tensor:
+        """Hidden states [B, W, H] of token ids, after the trunk's last norm."""
+        outputs = getattr(self._model, self._prefix)(
+            input_ids=tokens_BW, use_cache=bool(cache), **cache
+        )
+        return cast(Tensor, outputs.last_hidden_state)
+
+    def head(self, hidden_BWH: Tensor) -> Tensor:
+        """Logits [B, W, V] of hidden states."""
+        view = copy.copy(self._model)
+        view._modules = {**self._model._modules, self._prefix: _Trunk(hidden_BWH)}
+        return cast(Tensor, view(input_ids=None, use_cache=False).logits)
+
+    def whole(self, tokens_BW: Tensor) -> Tensor:
+        """Logits [B, W, V] of token ids by the model's undivided forward."""
+        return cast(Tensor, self._model(input_ids=tokens_BW, use_cache=False).logits)
+
+    @torch.no_grad()
+    def _check_split(self) -> bool:
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        tokens = (torch.arange(24, device=self.device) * 7 % vocabulary).view(1, 24)
+        try:
+            return torch.equal(self.whole(tokens), self.head(self.trunk(tokens)))
+        except (TypeError, AttributeError, RuntimeError, ValueError):
+            return False
+
+
+class _Trunk(nn.Module):
+    """Stands in for the trunk and gives hidden states that are there already."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """log_softmax and gather, in place over the logits; the bits of the plain operations.
+
+    The logits are overwritten, and so is what was kept of them in backward: two buffers [T, V]
+    in all instead of four. A model that needs its logits again fails in backward (autograd's
+    version check) and is never wrong in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_TK: Tensor) -> Tensor:
+        logprobs_TV = log_softmax_(logits_TV)
+        ctx.save_for_backward(targets_TK)
+        ctx.logprobs_TV = logprobs_TV
+        return logprobs_TV.gather(1, targets_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (targets_TK,) = ctx.saved_tensors
+        (grad_TK,) = grads
+        logprobs_TV = ctx.logprobs_TV
+        ctx.logprobs_TV = None
+        grad_TV = torch.zeros_like(logprobs_TV)
+        if targets_TK.shape[1] == 1:
+            grad_TV.scatter_(1, targets_TK, grad_TK)
+        elif grad_TV.device.type == "cpu":
+            grad_TV.scatter_add_(1, targets_TK, grad_TK)
+        else:  # Deterministic, and in the order of the CPU.
+            for target, grad in zip(targets_TK.T[:, :, None], grad_TK.T[:, :, None], strict=True):
+                grad_TV.scatter_(1, target, grad_TV.gather(1, target) + grad)
+        torch.ops.aten._log_softmax_backward_data.out(
+            grad_TV, logprobs_TV, -1, torch.float32, out=grad_TV
+        )
+        return grad_TV, None
+
+
+def log_softmax_(logits_TV: Tensor) -> Tensor:
+    """Log-probabilities in float32, in the logits' own memory where that is float32 already."""
+    if logits_TV.dtype != torch.float32:
+        return torch.log_softmax(logits_TV, -1, dtype=torch.float32)
+    torch.ops.aten._log_softmax.out(logits_TV, -1, False, out=logits_TV)
+    return logits_TV
+
+
+def logits_blocks(
+    network: Network, part: MicroBatch, tokens: Sequence[Tensor]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Logits of a micro-batch, block by block: (start, stop, [stop - start, V]).
+
+    `tokens` are those of all the operation's sequences. Without gradients.
+    """
+    tokens_BW = _padded(part, tokens, network.device)
+    rows = _rows(part, network.device)
+    if not network.splits:
+        _refuse_long(part)
+        logits_BWV = network.whole(tokens_BW)
+        yield 0, part.tokens, _packed(logits_BWV, rows)
+        return
+    packed_TH = _packed(network.trunk(tokens_BW), rows)
+    for start, stop in part.blocks:
+        yield start, stop, network.head(packed_TH[None, start:stop])[0]
+
+
+def forward(network: Network, part: MicroBatch, batch: CheckedBatch) -> tuple[Tensor, float]:
+    """Log-probabilities [T, K] of a micro-batch's targets and its loss; no gradients."""
+    targets_TK, inputs = _targets(part, batch, network.device)
+    logprobs = []
+    loss = 0.0
+    with torch.no_grad():
+        tokens = [sequence.tokens for sequence in batch.sequences]
+        for start, stop, logits_TV in logits_blocks(network, part, tokens):
+            block_TK = log_softmax_(logits_TV).gather(1, targets_TK[start:stop])
+            block_inputs = {name: value[start:stop] for name, value in inputs.items()}
+            loss += float(batch.loss.function(block_TK, block_inputs))
+            logprobs.append(block_TK)
+    return torch.cat(logprobs), loss
+
+
+def forward_backward(
+    network: Network, part: MicroBatch, batch: CheckedBatch
+) -> tuple[Tensor, float]:
+    """As `forward`, and the loss's gradients are added to the bound parameters' `.grad`."""
+    targets_TK, inputs = _targets(part, batch, network.device)
+    tokens_BW = _padded(part, [s.tokens for s in batch.sequences], network.device)
+    rows = _rows(part, network.device)
+
+    def backward(logits_TV: Tensor, start: int, stop: int) -> tuple[Tensor, float]:
+        block_TK = cast(Tensor, _TargetLogprobs.apply(logits_TV, targets_TK[start:stop]))  # type: ignore[no-untyped-call]
+        block_inputs = {name: value[start:stop] for name, value in inputs.items()}
+        loss = batch.loss.function(block_TK, block_inputs)
+        torch.autograd.backward(loss)
+        return block_TK.detach(), loss.item()
+
+    if not network.splits:
+        _refuse_long(part)
+        return backward(_packed(network.whole(tokens_BW), rows), 0, part.tokens)
+
+    hidden_BWH = network.trunk(tokens_BW)
+    packed_TH = _packed(hidden_BWH.detach(), rows)
+    grads, logprobs = [], []
+    total = 0.0
+    for start, stop in part.blocks:
+        block_TH = packed_TH[start:stop].requires_grad_(hidden_BWH.requires_grad)
+        block_TK, loss = backward(network.head(block_TH[None])[0], start, stop)
+        total += loss
+        logprobs.append(block_TK)
+        if block_TH.grad is not None:
+            grads.append(block_TH.grad)
+    if hidden_BWH.requires_grad:
+        grad_TH = grads[0] if len(grads) == 1 else torch.cat(grads)
+        torch.autograd.backward(hidden_BWH, _unpacked(grad_TH, rows, hidden_BWH))
+    return torch.cat(logprobs), total
+
+
+def split_rows(part: MicroBatch, values: Tensor) -> dict[int, Tensor]:
+    """Cut [T, ...] into the sequences' own rows, by position in the operation."""
+    pieces = torch.split(values, list(part.lengths))
+    return dict(zip(part.indices, pieces, strict=True))
+
+
+def _padded(part: MicroBatch, tokens: Sequence[Tensor], device: torch.device) -> Tensor:
+    tokens_BW = torch.zeros(len(part.indices), part.width, dtype=torch.int64)
+    for row, index in enumerate(part.indices):
+        tokens_BW[row, : part.lengths[row]] = tokens[index]
+    return tokens_BW.to(device)
+
+
+def _rows(part: MicroBatch, device: torch.device) -> Tensor | None:
+    """Where the real tokens are among B * W, or None when there is no padding."""
+    if not part.padded:
+        return None
+    pieces = [
+        torch.arange(row * part.width, row * part.width + length)
+        for row, length in enumerate(part.lengths)
+    ]
+    return torch.cat(pieces).to(device)
+
+
+def _packed(values_BWX: Tensor, rows: Tensor | None) -> Tensor:
+    flat = values_BWX.reshape(-1, values_BWX.shape[-1])
+    return flat if rows is None else flat.index_select(0, rows)
+
+
+def _unpacked(grad_TH: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    if rows is None:
+        return grad_TH.view_as(like)
+    flat = torch.zeros(like.shape[0] * like.shape[1], like.shape[2], dtype=like.dtype).to(
+        like.device
+    )
+    flat[rows] = grad_TH
+    return flat.view_as(like)
+
+
+def _targets(
+    part: MicroBatch, batch: CheckedBatch, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Targets and inputs as [T, K]; sequences of fewer targets than K get targets of weight 0."""
+    sequences = [batch.sequences[index] for index in part.indices]
+    width = max(1 if s.targets.ndim == 1 else s.targets.shape[1] for s in sequences)
+
+    def column(value: Tensor) -> Tensor:
+        value = value.view(len(value), -1)
+        missing = width - value.shape[1]
+        return nn.functional.pad(value, (0, missing)) if missing else value
+
+    targets = torch.cat([column(s.targets) for s in sequences])
+    inputs = {
+        name: torch.cat([column(s.inputs[name]) for s in sequences]).to(device)
+        for name in sequences[0].inputs
+    }
+    return targets.to(device), inputs
+
+
+def _refuse_long(part: MicroBatch) -> None:
+    if len(part.blocks) > 1:
+        raise EngineError(
+            "sequence_too_long",
+            f"A sequence of {part.width} tokens is longer than the token budget, and this base "
+            "model's head cannot be run in blocks; shorten the sequence or raise the budget.",
+        )
