@@ -69,6 +69,8 @@ runs = Table(
     Column("base_model", String),  # empty until a creating load has read its checkpoint
     Column("config", JSON),  # rank, alpha, seed, train_*, optimizer
     Column("user_metadata", JSON),
+    Column("body_hash", String, nullable=False),  # of the request that created it
+    Column("idempotency_key", String),
     Column("corrupted", Boolean, nullable=False),
     Column("parent", String),  # manifest that the run was created from
     Index("ix_runs_owner_created", "owner", "created"),
@@ -87,7 +89,10 @@ operations = Table(
     Column("body", LargeBinary),
     Column("target", String),  # manifest that a load resolved to, or a save made
     Column("result", LargeBinary),
+    Column("result_hash", String),  # outlives the result, for replay to compare
     Column("error", JSON),  # code, message, category
+    Column("mark_at", Integer),  # position at which a late forward_backward's mark took effect
+    Column("attempts", Integer, nullable=False, default=0),  # deaths of a worker while it ran
     Column("accepted", Float, nullable=False),
     Column("settled", Float),
     Column("read", Float),
@@ -120,6 +125,7 @@ checkpoints = Table(
     Column("expires", Float),
     Column("public", Boolean, nullable=False),
     Column("size", Integer, nullable=False),  # bytes of its blobs
+    Column("step", Integer, nullable=False),  # optim_steps applied
     Column("user_metadata", JSON),
     Index("ix_checkpoints_owner_created", "owner", "created"),
 )

@@ -1,0 +1,98 @@
+"""`holdfast serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from holdfast.cli.options import data_dir, read_config
+
+
+@click.command(name="serve", context_settings={"auto_envvar_prefix": "HOLDFAST"})
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    envvar="HOLDFAST_CONFIG",
+    help="A TOML file with any of these options, e.g. port = 9000.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes any free one.",
+)
+@data_dir
+@click.option(
+    "--model",
+    "model",
+    multiple=True,
+    metavar="NAME=PATH_OR_HUB_ID[,tokenizer=HUB_ID]",
+    help="A base model to serve; may be repeated. The shipped one is there in any case.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default="one for each core",
+    help="Compute threads of a worker. A part of the numerics: change it only between runs.",
+)
+@click.option(
+    "--token-budget",
+    type=click.IntRange(16, 1 << 24),
+    default=4096,
+    show_default=True,
+    help="Tokens put through a model at once: bounds the memory, and is a part of the numerics.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, … or auto.",
+)
+def command(
+    host: str,
+    port: int,
+    data_dir: Path,
+    model: tuple[str, ...],
+    threads: int,
+    token_budget: int,
+    device: str,
+) -> None:
+    """Serve training over HTTP.
+
+    Every option can be given as an environment variable, such as HOLDFAST_PORT.
+    """
+    from holdfast.server.serve import CannotServe, serve
+    from holdfast.server.settings import Settings, parse_model, shipped_model
+
+    models = {}
+    for text in model:
+        try:
+            name, source = parse_model(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--model") from error
+        if name in models:
+            raise click.BadParameter(f"{name!r} is given twice", param_hint="--model")
+        models[name] = source
+    shipped_name, shipped = shipped_model()
+    models.setdefault(shipped_name, shipped)
+    try:
+        serve(
+            Settings(
+                data_dir=data_dir.expanduser().absolute(),
+                host=host,
+                port=port,
+                models=models,
+                threads=threads,
+                token_budget=token_budget,
+                device=device,
+            )
+        )
+    except CannotServe as error:
+        raise click.ClickException(str(error)) from error

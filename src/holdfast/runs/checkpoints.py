@@ -1,0 +1,270 @@
+"""Named checkpoints: published to the store, listed from the catalog's index of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+import structlog
+
+from holdfast.catalog import Catalog
+from holdfast.catalog.tables import checkpoints
+from holdfast.runs.errors import RunError, not_found
+from holdfast.store import Manifest, NameKey, NameTaken, Store, StoreError
+
+T = TypeVar("T")
+
+_log = structlog.get_logger("holdfast.checkpoints")
+
+SHORTEST_TTL = 3600
+"""Seconds: one hour."""
+LONGEST_TTL = 10 * 366 * 24 * 3600
+"""Seconds: ten years."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A row of the index. Times are UTC seconds, the size is that of the blobs in bytes."""
+
+    run_id: str
+    kind: str
+    name: str
+    manifest: str
+    owner: str
+    created: float
+    expires: float | None
+    public: bool
+    size: int
+    step: int
+    user_metadata: Mapping[str, str] | None
+
+
+def check_ttl(seconds: int | None) -> None:
+    """Raises RunError unless `seconds` is None or within an hour and ten years."""
+    if seconds is not None and not SHORTEST_TTL <= seconds <= LONGEST_TTL:
+        raise RunError(
+            "invalid_ttl",
+            f"ttl_seconds is {seconds}; it must be between {SHORTEST_TTL} (one hour) and "
+            f"{LONGEST_TTL} (ten years), or null for no expiry",
+        )
+
+
+class Checkpoints:
+    """Saves, resolves, lists and changes checkpoints on behalf of an owner."""
+
+    def __init__(self, store: Store, catalog: Catalog) -> None:
+        self._store = store
+        self._catalog = catalog
+
+    async def resolve(self, key: NameKey, readers: Sequence[str]) -> tuple[str, Manifest]:
+        """The manifest that a name points to, with its id.
+
+        `readers` are the owners on whose behalf it is read. Raises RunError when the checkpoint
+        does not exist, has expired, or belongs to somebody else and is not public.
+        """
+        manifest_id = await self._call(self._store.resolve, key)
+        if manifest_id is None:
+            raise _no_checkpoint(key)
+        manifest = await self.manifest(manifest_id)
+        if manifest.owner not in readers and not manifest.public:
+            raise _no_checkpoint(key)
+        if manifest.expires is not None and manifest.expires <= time.time():
+            raise _no_checkpoint(key, "; it has expired")
+        return manifest_id, manifest
+
+    async def manifest(self, manifest_id: str) -> Manifest:
+        """Read a manifest by its id, verified."""
+        return await self._call(self._store.read_manifest, manifest_id)
+
+    async def publish(self, manifest: Manifest, *, replace: bool = False) -> str:
+        """Publish a manifest, durably, and give it its name if it has one; returns its id.
+
+        An unnamed manifest is a recovery point, kept until `discard`. A name that is taken raises
+        RunError, unless `replace`, or the same request took it before a crash.
+        """
+        manifest_id = await self._call(self._store.publish, manifest)
+        if manifest.name is None:
+            return manifest_id
+        key = NameKey(manifest.run, segment(manifest.kind), manifest.name)
+        try:
+            await self._call(self._name, key, manifest_id, replace)
+        except NameTaken as taken:
+            earlier = await self._call(self._store.resolve, key)
+            if earlier is None or not await self._same_request(earlier, manifest):
+                raise RunError(
+                    "checkpoint_exists",
+                    f"checkpoint {key.name!r} of run {key.run!r} exists already; save under "
+                    "another name, or with overwrite=True",
+                    reason="conflict",
+                ) from taken
+            manifest_id = earlier
+            manifest = await self.manifest(manifest_id)
+        await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+        return manifest_id
+
+    async def made_by(self, key: NameKey, request_id: str) -> str | None:
+        """The manifest under a name if that request made it: its save was done before a crash."""
+        manifest_id = await self._call(self._store.resolve, key)
+        if manifest_id is None:
+            return None
+        made = (await self.manifest(manifest_id)).request_id == request_id
+        return manifest_id if made else None
+
+    async def discard(self, manifest_ids: Sequence[str]) -> None:
+        """Let go of unnamed manifests."""
+        for manifest_id in manifest_ids:
+            await self._call(self._store.discard, manifest_id)
+
+    async def delete(self, key: NameKey, owner: str) -> None:
+        """Delete a name: hidden at once, its bytes go with the next sweeps."""
+        await self._owned(key, owner)
+        await self._call(self._store.delete_name, key)
+        await self._catalog.write(lambda c: c.execute(checkpoints.delete().where(_row(key))))
+
+    async def set_ttl(self, key: NameKey, owner: str, ttl_seconds: int | None) -> None:
+        """Let a checkpoint expire that many seconds from now, or never."""
+        check_ttl(ttl_seconds)
+        expires = None if ttl_seconds is None else time.time() + ttl_seconds
+        await self._amend(key, owner, expires=expires)
+
+    async def set_public(self, key: NameKey, owner: str, public: bool) -> None:
+        """Make a checkpoint readable by everybody, or by its owner alone again."""
+        await self._amend(key, owner, public=public)
+
+    async def page(
+        self, owner: str, *, run_id: str | None = None, offset: int = 0, limit: int | None = None
+    ) -> tuple[list[Checkpoint], int]:
+        """An owner's checkpoints, newest first, and how many there are in all."""
+        where = (checkpoints.c.owner == owner) & _alive()
+        if run_id is not None:
+            where &= checkpoints.c.run_id == run_id
+
+        def query(connection: sa.Connection) -> tuple[list[Checkpoint], int]:
+            total = connection.scalar(sa.select(sa.func.count()).where(where))
+            rows = connection.execute(
+                sa.select(checkpoints)
+                .where(where)
+                .order_by(checkpoints.c.created.desc(), checkpoints.c.name)
+                .offset(offset)
+                .limit(limit)
+            )
+            return [Checkpoint(**row._mapping) for row in rows], total or 0
+
+        return await self._catalog.read(query)
+
+    async def newest(self, run_ids: Sequence[str], kind: str) -> dict[str, Checkpoint]:
+        """The newest checkpoint of that kind, for each run that has one."""
+
+        def query(connection: sa.Connection) -> dict[str, Checkpoint]:
+            rows = connection.execute(
+                sa.select(checkpoints)
+                .where(checkpoints.c.run_id.in_(run_ids) & (checkpoints.c.kind == kind) & _alive())
+                .order_by(checkpoints.c.created)
+            )
+            return {row.run_id: Checkpoint(**row._mapping) for row in rows}
+
+        return await self._catalog.read(query)
+
+    async def reconcile(self) -> tuple[int, int]:
+        """Make the index agree with the store; how many rows were added or changed, and removed."""
+        named = dict(await self._call(lambda: list(self._store.names(on_damage=_log_damage))))
+        rows = await self._catalog.read(
+            lambda c: {
+                NameKey(r.run_id, r.kind, r.name): r.manifest
+                for r in c.execute(sa.select(checkpoints))
+            }
+        )
+        changed = {key: m for key, m in named.items() if rows.get(key) != m}
+        manifests = {key: await self.manifest(m) for key, m in changed.items()}
+        gone = [key for key in rows if key not in named]
+
+        def work(connection: sa.Connection) -> None:
+            for key, manifest in manifests.items():
+                _index(connection, key, changed[key], manifest)
+            for key in gone:
+                connection.execute(checkpoints.delete().where(_row(key)))
+
+        if changed or gone:
+            await self._catalog.write(work)
+        return len(changed), len(gone)
+
+    async def _amend(self, key: NameKey, owner: str, **changes: Any) -> None:
+        await self._owned(key, owner)
+        manifest_id = await self._call(lambda: self._store.amend(key, **changes))
+        manifest = await self.manifest(manifest_id)
+        await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+
+    async def _owned(self, key: NameKey, owner: str) -> None:
+        _, manifest = await self.resolve(key, [owner])
+        if manifest.owner != owner:
+            raise RunError(
+                "not_the_owner",
+                f"checkpoint {key.name!r} of run {key.run!r} is public but belongs to another "
+                "owner, who alone can change it",
+                reason="forbidden",
+            )
+
+    async def _same_request(self, manifest_id: str, manifest: Manifest) -> bool:
+        earlier = await self.manifest(manifest_id)
+        return manifest.request_id is not None and earlier.request_id == manifest.request_id
+
+    def _name(self, key: NameKey, manifest_id: str, replace: bool) -> None:
+        self._store.set_name(key, manifest_id, replace=replace)
+
+    async def _call(self, call: Callable[..., T], *args: Any) -> T:
+        try:
+            return await asyncio.to_thread(call, *args)
+        except NameTaken:
+            raise
+        except StoreError as error:
+            raise RunError(
+                error.code, str(error), category="server", reason="unavailable"
+            ) from error
+
+
+def segment(manifest_kind: str) -> str:
+    """The name space of a kind of manifest: the middle of its tinker:// path."""
+    return "weights" if manifest_kind == "training" else "sampler_weights"
+
+
+def _log_damage(error: StoreError) -> None:
+    _log.error("damaged name in the store", error=str(error))
+
+
+def _no_checkpoint(key: NameKey, hint: str = "") -> RunError:
+    return not_found("checkpoint", f"tinker://{key.run}/{key.kind}/{key.name}", hint)
+
+
+def _alive() -> sa.ColumnElement[bool]:
+    return checkpoints.c.expires.is_(None) | (checkpoints.c.expires > time.time())
+
+
+def _row(key: NameKey) -> sa.ColumnElement[bool]:
+    return (
+        (checkpoints.c.run_id == key.run)
+        & (checkpoints.c.kind == key.kind)
+        & (checkpoints.c.name == key.name)
+    )
+
+
+def _index(connection: sa.Connection, key: NameKey, manifest_id: str, manifest: Manifest) -> None:
+    connection.execute(checkpoints.delete().where(_row(key)))
+    connection.execute(
+        checkpoints.insert().values(
+            run_id=key.run,
+            kind=key.kind,
+            name=key.name,
+            manifest=manifest_id,
+            owner=manifest.owner,
+            created=manifest.created,
+            expires=manifest.expires,
+            public=manifest.public,
+            size=manifest.size,
+            step=manifest.step,
+            user_metadata=manifest.user_metadata,
+        )
+    )

@@ -1,0 +1,134 @@
+"""The workers: one per base model, started on use, replaced when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+
+import structlog
+
+from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, WorkerDied
+from holdfast.runs.errors import RunError
+
+StartEngine = Callable[[str], Awaitable[Engine]]
+"""Starts the worker of a base model, by its name."""
+
+_RESTART_PAUSE = (0.0, 1.0, 5.0, 15.0, 60.0)
+"""Seconds before a worker is started again, by the number of failed starts in a row."""
+
+_log = structlog.get_logger("holdfast.engines")
+
+
+class Host:
+    """The worker of one base model, through all its lives."""
+
+    def __init__(self, name: str, start: StartEngine) -> None:
+        self.name = name
+        self.life = 0
+        """Counts starts: a run whose state was put into another life is no longer there."""
+        self.turn = asyncio.Lock()
+        """Held while an operation computes. Waiters are served in the order they came, so runs
+        take turns."""
+        self._start = start
+        self._engine: Engine | None = None
+        self._info: BaseModelInfo | None = None
+        self._failures = 0
+        self._failed: EngineError | None = None
+        self._not_before = 0.0
+        self._starting = asyncio.Lock()
+
+    @property
+    def info(self) -> BaseModelInfo | None:
+        """The base model, once it has been loaded."""
+        return self._info
+
+    @property
+    def state(self) -> str:
+        """ "ready", "failed" or "loading" (which also says: not asked for yet)."""
+        if self._engine is not None:
+            return "ready"
+        return "failed" if self._failed is not None else "loading"
+
+    async def engine(self) -> tuple[Engine, BaseModelInfo, int]:
+        """The running worker, its base model and its life, starting one if there is none.
+
+        Raises EngineError when the base model cannot be loaded. That stays the answer for a
+        pause that grows with each failure.
+        """
+        async with self._starting:
+            if self._engine is None:
+                await self._start_one()
+            assert self._engine is not None and self._info is not None
+            return self._engine, self._info, self.life
+
+    async def _start_one(self) -> None:
+        if self._failed is not None and time.monotonic() < self._not_before:
+            raise self._failed
+        while True:
+            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            engine = await self._start(self.name)
+            try:
+                self._info = await engine.ready()
+            except (EngineError, WorkerDied) as error:
+                with suppress(EngineError, WorkerDied):
+                    await engine.close()
+                pause = _RESTART_PAUSE[min(self._failures, len(_RESTART_PAUSE) - 1)]
+                self._failures += 1
+                self._not_before = time.monotonic() + pause
+                _log.error("base model not loaded", model=self.name, error=str(error))
+                if isinstance(error, EngineError):
+                    self._failed = error
+                    raise
+                if self._failures >= len(_RESTART_PAUSE):
+                    self._failed = EngineError(
+                        "worker_dies",
+                        f"the worker of base model {self.name!r} ends while it starts; "
+                        "the server's log says why",
+                        "server",
+                    )
+                    raise self._failed from error
+            else:
+                self._engine, self._failures, self._failed = engine, 0, None
+                self.life += 1
+                _log.info("base model ready", model=self.name, life=self.life)
+                return
+
+    def lost(self, life: int) -> None:
+        """A call of that life raised WorkerDied: the next one gets a new worker."""
+        if life == self.life and self._engine is not None:
+            _log.error("worker died", model=self.name, life=life)
+            self._engine = None
+
+    async def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+
+
+class Engines:
+    """All hosts, by the name of their base model."""
+
+    def __init__(self, models: Sequence[str], start: StartEngine) -> None:
+        self._hosts = {name: Host(name, start) for name in models}
+
+    @property
+    def models(self) -> list[str]:
+        return list(self._hosts)
+
+    def __getitem__(self, base_model: str) -> Host:
+        """The host of a base model. Raises RunError naming those there are."""
+        host = self._hosts.get(base_model)
+        if host is None:
+            known = ", ".join(repr(name) for name in self._hosts)
+            raise RunError(
+                "base_model_not_found",
+                f"base model {base_model!r} is not served here; there is {known}",
+                reason="not_found",
+            )
+        return host
+
+    async def close(self) -> None:
+        for host in self._hosts.values():
+            await host.close()

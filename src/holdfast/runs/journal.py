@@ -1,0 +1,286 @@
+"""The journal: a run's operations in the catalog, as plain functions over a connection."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from holdfast.catalog.tables import operations, runs, snapshots
+from holdfast.runs.errors import Category
+from holdfast.runs.order import Entry, State
+
+
+@dataclass(frozen=True, slots=True)
+class RunKey:
+    """A run's identity. The generation tells apart the lives of a model id that was reused."""
+
+    id: str
+    generation: int = 0
+
+    def __str__(self) -> str:
+        return self.id if self.generation == 0 else f"{self.id}:g{self.generation}"
+
+    def request_id(self, seq: int) -> str:
+        return f"{self}:{seq}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an operation failed."""
+
+    code: str
+    message: str
+    category: Category = "user"
+
+    def as_json(self) -> dict[str, str]:
+        return {"code": self.code, "message": self.message, "category": self.category}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Failure:
+        category: Category = "user" if value["category"] == "user" else "server"
+        return cls(value["code"], value["message"], category)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an operation: exactly one of `result` and `failure` is there."""
+
+    kind: str
+    result: bytes | None = None
+    failure: Failure | None = None
+
+
+def digest(data: bytes) -> str:
+    """The hash by which bodies and results are compared."""
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def _at(key: RunKey, seq: int) -> sa.ColumnElement[bool]:
+    return _of(key) & (operations.c.seq == seq)
+
+
+def _of(key: RunKey) -> sa.ColumnElement[bool]:
+    return (operations.c.run_id == key.id) & (operations.c.generation == key.generation)
+
+
+def add(
+    connection: Connection,
+    key: RunKey,
+    entry: Entry,
+    *,
+    now: float,
+    body: bytes | None = None,
+    failure: Failure | None = None,
+    mark_at: int | None = None,
+) -> None:
+    """Journal a number for the first time, or replace a skipped one by its late request."""
+    if mark_at is not None:
+        connection.execute(operations.delete().where(_at(key, entry.seq)))
+    connection.execute(
+        operations.insert().values(
+            run_id=key.id,
+            generation=key.generation,
+            seq=entry.seq,
+            kind=entry.kind,
+            state=entry.state.value,
+            body_hash=entry.body_hash,
+            body=body,
+            error=failure.as_json() if failure else None,
+            mark_at=mark_at,
+            accepted=now,
+            settled=now if entry.state.settled else None,
+            attempts=0,
+        )
+    )
+    connection.execute(
+        runs.update()
+        .where((runs.c.id == key.id) & (runs.c.generation == key.generation))
+        .values(last_request=now)
+    )
+
+
+def settle(
+    connection: Connection,
+    key: RunKey,
+    seq: int,
+    outcome: Outcome,
+    *,
+    now: float,
+    target: str | None = None,
+) -> None:
+    """Record an outcome. A load's `target` is the manifest it used, a save's the one it made."""
+    values: dict[str, Any] = {"settled": now}
+    if outcome.failure is not None:
+        values |= {"state": State.FAILED.value, "error": outcome.failure.as_json()}
+    else:
+        assert outcome.result is not None
+        values |= {
+            "state": State.DONE.value,
+            "result": outcome.result,
+            "result_hash": digest(outcome.result),
+        }
+    if target is not None:
+        values["target"] = target
+    connection.execute(operations.update().where(_at(key, seq)).values(values))
+
+
+def set_target(connection: Connection, key: RunKey, seq: int, manifest: str) -> None:
+    """Fix what a load reads before it reads it, so that a replay reads the same."""
+    connection.execute(operations.update().where(_at(key, seq)).values(target=manifest))
+
+
+def count_attempt(connection: Connection, key: RunKey, seq: int) -> int:
+    """Count a worker's death while this operation ran; how many there were."""
+    connection.execute(
+        operations.update().where(_at(key, seq)).values(attempts=operations.c.attempts + 1)
+    )
+    return connection.scalar(sa.select(operations.c.attempts).where(_at(key, seq))) or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What replay needs of an operation."""
+
+    body: bytes | None
+    target: str | None
+    result_hash: str | None
+    failure: Failure | None
+
+
+def record(connection: Connection, key: RunKey, seq: int) -> Record:
+    """Read an operation's record, which must be there."""
+    row = connection.execute(
+        sa.select(
+            operations.c.body, operations.c.target, operations.c.result_hash, operations.c.error
+        ).where(_at(key, seq))
+    ).one()
+    return Record(
+        row.body, row.target, row.result_hash, Failure.from_json(row.error) if row.error else None
+    )
+
+
+def outcome(connection: Connection, key: RunKey, seq: int) -> Outcome | None:
+    """Read a settled operation's outcome; None while it is unsettled or when it is unknown."""
+    row = connection.execute(
+        sa.select(
+            operations.c.kind, operations.c.state, operations.c.result, operations.c.error
+        ).where(_at(key, seq))
+    ).one_or_none()
+    if row is None or not State(row.state).settled:
+        return None
+    if row.error is not None:
+        return Outcome(row.kind, failure=Failure.from_json(row.error))
+    if row.result is None:
+        return Outcome(
+            row.kind,
+            failure=Failure(
+                "result_expired",
+                f"the result of request {key.request_id(seq)} was read and has been removed since",
+            ),
+        )
+    return Outcome(row.kind, result=row.result)
+
+
+@dataclass(frozen=True, slots=True)
+class Journaled:
+    """An operation as a restarted server finds it."""
+
+    entry: Entry
+    mark_at: int | None
+
+
+def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Journaled]:
+    """The operations after position `above`, and unsettled ones before it, in order."""
+    settled = [s.value for s in State if s.settled]
+    rows = connection.execute(
+        sa.select(
+            operations.c.seq,
+            operations.c.kind,
+            operations.c.body_hash,
+            operations.c.state,
+            operations.c.mark_at,
+        )
+        .where(_of(key) & ((operations.c.seq > above) | operations.c.state.not_in(settled)))
+        .order_by(operations.c.seq)
+    )
+    return [Journaled(Entry(r.seq, r.kind, r.body_hash, State(r.state)), r.mark_at) for r in rows]
+
+
+def set_config(
+    connection: Connection, key: RunKey, config: Mapping[str, Any], *, parent: str
+) -> None:
+    """Record what a creating load found in its checkpoint."""
+    connection.execute(
+        runs.update()
+        .where((runs.c.id == key.id) & (runs.c.generation == key.generation))
+        .values(base_model=config["base_model"], config=dict(config), parent=parent)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a new recovery point leaves behind."""
+
+    floor: int
+    """The older of the two positions that are kept: nothing up to it is replayed any more."""
+    obsolete: list[str]
+    """Manifests of recovery points that are no longer needed."""
+
+
+def add_snapshot(
+    connection: Connection, key: RunKey, seq: int, manifest: str, *, now: float
+) -> Kept:
+    """Record a recovery point. The two newest are kept; bodies that only older ones need go."""
+    mine = (snapshots.c.run_id == key.id) & (snapshots.c.generation == key.generation)
+    before = recovery_points(connection, key)
+    connection.execute(snapshots.delete().where(mine & (snapshots.c.seq == seq)))
+    connection.execute(
+        snapshots.insert().values(
+            run_id=key.id, generation=key.generation, seq=seq, manifest=manifest, created=now
+        )
+    )
+    kept = recovery_points(connection, key)[:2]
+    floor = kept[-1][0] if len(kept) == 2 else -1
+    connection.execute(snapshots.delete().where(mine & (snapshots.c.seq < floor)))
+    connection.execute(
+        operations.update()
+        .where(_of(key) & (operations.c.seq <= floor) & operations.c.body.is_not(None))
+        .where(operations.c.settled.is_not(None))
+        .values(body=None)
+    )
+    used = {manifest for _, manifest in kept}
+    return Kept(floor, [manifest for _, manifest in before if manifest not in used])
+
+
+def recovery_points(connection: Connection, key: RunKey) -> list[tuple[int, str]]:
+    """(position, manifest) of the run's snapshots, newest first."""
+    rows = connection.execute(
+        sa.select(snapshots.c.seq, snapshots.c.manifest)
+        .where((snapshots.c.run_id == key.id) & (snapshots.c.generation == key.generation))
+        .order_by(snapshots.c.seq.desc())
+    )
+    return [(row.seq, row.manifest) for row in rows]
+
+
+def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: float) -> None:
+    """Note that results were handed out: from then on they are kept for a while only."""
+    connection.execute(
+        operations.update()
+        .where(_of(key) & operations.c.seq.in_(list(seqs)) & operations.c.read.is_(None))
+        .values(read=now)
+    )
+
+
+def expire_results(connection: Connection, *, read_before: float) -> int:
+    """Remove results that were handed out before that time; how many there were."""
+    done = connection.execute(
+        operations.update()
+        .where(operations.c.read < read_before, operations.c.result.is_not(None))
+        .values(result=None)
+    )
+    return done.rowcount

@@ -1,0 +1,212 @@
+"""The order of one run's operations: a pure state machine, without clock, database or engine.
+
+Numbers are executed in ascending order, one at a time. A number is *passed* when its effect on the
+training state is complete, and *settled* when its outcome is final; a save is passed once its copy
+is taken and settled once it is durable. After a loss of the training state the order is rewound to
+the position of a snapshot, and the numbers after it come up again: settled ones to be replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+GAP_LEASE = 360.0
+"""Seconds for which a missing number is waited for: longer than a client retries a submission."""
+GAP_LEASE_ELIXIR = 10.0
+"""The Elixir client uses numbers up without sending them, and never sends out of order ..."""
+GAP_LEASE_ELIXIR_FORWARD = 120.0
+"""... but between the forward and the reserved backward of a custom loss, later ones overtake."""
+GAP_LEASE_AFTER_REFUSAL = 5.0
+"""Once a definite refusal was given, the missing number is most likely the refused one."""
+
+
+class State(StrEnum):
+    ACCEPTED = "accepted"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+    @property
+    def settled(self) -> bool:
+        return self in (State.DONE, State.FAILED, State.SKIPPED)
+
+
+class Accept(StrEnum):
+    """What became of a submission."""
+
+    NEW = "new"
+    DUPLICATE = "duplicate"
+    """The same request again: answer it with the same request id."""
+    CONFLICT = "conflict"
+    """The number is taken by another request, which is untouched."""
+    LATE = "late"
+    """The number was skipped before this request came: a failed future."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One number of the run."""
+
+    seq: int
+    kind: str
+    body_hash: str | None
+    state: State = State.ACCEPTED
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """`seq` is missing while a later number waits; at `due` it is skipped."""
+
+    seq: int
+    due: float
+
+
+class Order:
+    """Numbers of one run, from 0.
+
+    `elixir` chooses the shorter leases of that client. `floor` is the oldest position that a
+    snapshot can rewind to, `position` the newest. Times are seconds of a monotonic clock.
+    """
+
+    def __init__(self, *, elixir: bool = False, position: int = -1, floor: int = -1) -> None:
+        self.elixir = elixir
+        self.position = position
+        """Every number up to here has been passed."""
+        self._floor = floor
+        self._entries: dict[int, Entry] = {}
+        self._highest = position
+        self._last_kind = ""
+        self._refused = False
+        self._gap: tuple[int, float] | None = None
+        self._late_marks: dict[int, list[int]] = {}
+
+    def __contains__(self, seq: int) -> bool:
+        return seq <= self._floor or seq in self._entries
+
+    def __getitem__(self, seq: int) -> Entry:
+        return self._entries[seq]
+
+    @property
+    def highest(self) -> int:
+        """The highest number that was accepted, refused or skipped."""
+        return self._highest
+
+    @property
+    def settled_through(self) -> int:
+        """The highest number with a final outcome, or the position where that is higher."""
+        settled = (e.seq for e in self._entries.values() if e.state.settled)
+        return max(self.position, *settled, -1)
+
+    @property
+    def unsettled(self) -> list[Entry]:
+        """Accepted and running entries, in order."""
+        return sorted(
+            (e for e in self._entries.values() if not e.state.settled), key=lambda e: e.seq
+        )
+
+    def classify(self, seq: int, kind: str, body_hash: str) -> Accept:
+        """What a submission is; changes nothing."""
+        known = self._entries.get(seq)
+        if known is None:
+            # Forgotten ones were settled long ago; their bodies are not there to compare.
+            return Accept.DUPLICATE if seq <= self._floor else Accept.NEW
+        if known.body_hash is None and known.state is State.SKIPPED:
+            return Accept.LATE
+        same = known.body_hash == body_hash and known.kind == kind
+        return Accept.DUPLICATE if same else Accept.CONFLICT
+
+    def add(self, entry: Entry) -> None:
+        """Enter a journaled operation: accepted, refused, skipped, or read back after a restart.
+
+        One that was running has not been executed.
+        """
+        assert entry.seq not in self._entries
+        if entry.state is State.RUNNING:
+            entry.state = State.ACCEPTED
+        self._entries[entry.seq] = entry
+        self._highest = max(self._highest, entry.seq)
+
+    def refused(self) -> None:
+        """A definite refusal was given: shortens the wait for gaps."""
+        self._refused = True
+
+    def arrived_late(self, seq: int, kind: str, body_hash: str) -> int:
+        """Settle a skipped number's late request as failed.
+
+        Returns the position at which that takes effect: after the operation under way.
+        """
+        self._entries[seq] = Entry(seq, kind, body_hash, State.FAILED)
+        following = self._entries.get(self.position + 1)
+        running = following is not None and following.state is State.RUNNING
+        return self.position + running
+
+    def add_late_mark(self, seq: int, position: int) -> None:
+        """The late forward_backward `seq` marks the gradients once `position` is passed."""
+        self._late_marks.setdefault(position, []).append(seq)
+
+    def late_marks(self) -> list[int]:
+        """Late forward_backwards whose mark falls at the current position."""
+        return self._late_marks.get(self.position, [])
+
+    def next(self, now: float) -> Entry | Gap | None:
+        """What comes up: an entry to execute or replay, a gap to wait for, or nothing yet."""
+        seq = self.position + 1
+        entry = self._entries.get(seq)
+        if entry is not None:
+            self._gap = None
+            return None if entry.state is State.RUNNING else entry
+        if self._highest <= seq:
+            return None
+        if any(e.state is State.RUNNING and e.seq < seq for e in self._entries.values()):
+            return None
+        if self._gap is None or self._gap[0] != seq:
+            self._gap = (seq, now)
+        return Gap(seq, self._gap[1] + self._lease())
+
+    def begin(self, seq: int) -> None:
+        """The entry that came up is being executed."""
+        assert seq == self.position + 1
+        self._entries[seq].state = State.RUNNING
+
+    def passed(self, seq: int) -> None:
+        """The entry's effect on the training state is complete."""
+        assert seq == self.position + 1
+        self.position = seq
+        self._last_kind = self._entries[seq].kind
+
+    def settle(self, seq: int, state: State) -> None:
+        """The entry's outcome is final."""
+        entry = self._entries[seq]
+        assert not entry.state.settled
+        entry.state = state
+
+    def again(self, seq: int) -> None:
+        """The entry's execution was lost; it comes up again."""
+        self._entries[seq].state = State.ACCEPTED
+
+    def rewind(self, position: int) -> None:
+        """The training state is that of `position` again; what follows comes up once more."""
+        assert self._floor <= position <= self.position
+        self.position = position
+        self._gap = None
+        for entry in self._entries.values():
+            if entry.state is State.RUNNING:
+                entry.state = State.ACCEPTED
+
+    def forget(self, position: int) -> None:
+        """Numbers up to `position` will not be replayed any more."""
+        assert position <= self.position
+        self._floor = max(self._floor, position)
+        for seq in [s for s, e in self._entries.items() if s <= position and e.state.settled]:
+            del self._entries[seq]
+        for at in [p for p in self._late_marks if p < position]:
+            del self._late_marks[at]
+
+    def _lease(self) -> float:
+        if self._refused:
+            return GAP_LEASE_AFTER_REFUSAL
+        if not self.elixir:
+            return GAP_LEASE
+        return GAP_LEASE_ELIXIR_FORWARD if self._last_kind == "forward" else GAP_LEASE_ELIXIR

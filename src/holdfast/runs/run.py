@@ -1,0 +1,379 @@
+"""One live run: what was accepted, its turn at the worker, and who waits for which outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import structlog
+from sqlalchemy import Connection
+
+from holdfast.catalog import Catalog, CatalogUnavailable
+from holdfast.engine.interface import RunConfig
+from holdfast.runs import journal
+from holdfast.runs.bodies import FORWARD_BACKWARD, MISSING
+from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.engines import Engines
+from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.journal import Failure, Outcome, RunKey
+from holdfast.runs.order import Accept, Entry, Order, State
+
+_BODIES_IN_MEMORY = 64 << 20
+"""Bytes of bodies a run keeps at hand; those above are read from the journal when they are due."""
+_OUTCOMES_IN_MEMORY = 16 << 20
+"""Bytes of results a run keeps at hand for the first poll; the catalog has them all."""
+
+_log = structlog.get_logger("holdfast.runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every run works with."""
+
+    catalog: Catalog
+    checkpoints: Checkpoints
+    engines: Engines
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What is fixed when a run is created, or when its creating load has read its checkpoint."""
+
+    session_id: str
+    owner: str
+    config: RunConfig | None
+    user_metadata: dict[str, str] | None = None
+
+
+@dataclass(slots=True)
+class _Recent:
+    """Settled outcomes that nobody has read yet."""
+
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    size: int = 0
+
+    def add(self, seq: int, outcome: Outcome) -> None:
+        self.outcomes[seq] = outcome
+        self.size += len(outcome.result or b"")
+        while self.size > _OUTCOMES_IN_MEMORY:
+            self.pop(next(iter(self.outcomes)))
+
+    def pop(self, seq: int) -> Outcome | None:
+        outcome = self.outcomes.pop(seq, None)
+        if outcome is not None:
+            self.size -= len(outcome.result or b"")
+        return outcome
+
+
+class Run:
+    """A run that takes submissions and answers polls.
+
+    What executes them is given as `drive`, one task that runs as long as the run lives; this class
+    is its mailbox and its book-keeping. All methods belong to one event loop.
+    """
+
+    def __init__(self, key: RunKey, info: RunInfo, services: Services, order: Order) -> None:
+        self.key = key
+        self.info = info
+        self.services = services
+        self.order = order
+        self.wake = asyncio.Event()
+        """Set when something may have come up."""
+        self.ended: Failure | None = None
+        """Why the run takes no more operations."""
+        self.closing = False
+        """Set when the run is to end: the driver stops after the operation under way."""
+        self.note: str | None = None
+        """What the run is busy with, for those who wait: recovering, waiting for a number, …"""
+        self.log = _log.bind(run=str(key))
+        self.last_request = time.time()
+        self._bodies: dict[int, bytes] = {}
+        self._bodies_size = 0
+        self._recent = _Recent()
+        self._read: list[int] = []
+        self._waiting: dict[int, asyncio.Event] = {}
+        self._recording: dict[int, asyncio.Task[None]] = {}
+        self._submitting = asyncio.Lock()
+        self._driver: asyncio.Task[None] | None = None
+
+    # --- Submissions -------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        seq: int,
+        kind: str,
+        body: bytes,
+        *,
+        first: Callable[[Connection], object] | None = None,
+    ) -> str:
+        """Journal an operation and put it in its place; returns its request id.
+
+        The same submission again gets the same answer. `first` is written before it, in the same
+        transaction. Raises RunError for a number that another
+        request has, and for a run that has ended; Unavailable when the journal took nothing.
+        """
+        async with self._submitting:
+            body_hash = journal.digest(body)
+            self.last_request = time.time()
+            if self.ended is not None and seq not in self.order:
+                raise RunError(self.ended.code, self.ended.message, reason="gone")
+            match self.order.classify(seq, kind, body_hash):
+                case Accept.NEW:
+                    await self._accept(Entry(seq, kind, body_hash), body, first)
+                case Accept.CONFLICT:
+                    raise RunError(
+                        "sequence_conflict",
+                        f"number {seq} of run {self.key} was used for another request "
+                        f"({self.order[seq].kind}); every request needs a number of its own",
+                    )
+                case Accept.LATE:
+                    await self._accept_late(seq, kind, body_hash)
+                case Accept.DUPLICATE:
+                    pass
+        self.wake.set()
+        return self.key.request_id(seq)
+
+    async def refuse(self, seq: int, kind: str, failure: Failure) -> None:
+        """Settle a number whose request is refused for good, before the refusal is answered.
+
+        An operation that was accepted under that number stays as it is.
+        """
+        async with self._submitting:
+            self.order.refused()
+            if self.ended is None and seq not in self.order:
+                entry = Entry(seq, kind, None, State.FAILED)
+                await self._journal(entry, failure=failure)
+                self.order.add(entry)
+        self.wake.set()
+
+    async def _accept(
+        self, entry: Entry, body: bytes, first: Callable[[Connection], object] | None
+    ) -> None:
+        # It enters the order only when it is durable: what was not journaled is never executed.
+        await self._journal(entry, body=body, first=first)
+        self.order.add(entry)
+        if self._bodies_size + len(body) <= _BODIES_IN_MEMORY:
+            self._bodies[entry.seq] = body
+            self._bodies_size += len(body)
+
+    def refused_without_number(self) -> None:
+        """A request that was perhaps this run's could not be read and was refused."""
+        self.order.refused()
+        self.wake.set()
+
+    async def _accept_late(self, seq: int, kind: str, body_hash: str) -> None:
+        # The mark takes effect now, so its place is journaled whatever it takes.
+        position = self.order.arrived_late(seq, kind, body_hash)
+        if kind == FORWARD_BACKWARD:
+            self.order.add_late_mark(seq, position)
+        failure = Failure(
+            "arrived_late",
+            f"request {seq} of run {self.key} came after the run had stopped waiting for it and "
+            "gone on; send it again with a new number",
+        )
+        entry, now = self.order[seq], time.time()
+        await self.write_patiently(
+            lambda c: journal.add(c, self.key, entry, now=now, failure=failure, mark_at=position)
+        )
+
+    async def _journal(
+        self,
+        entry: Entry,
+        *,
+        body: bytes | None = None,
+        failure: Failure | None = None,
+        first: Callable[[Connection], object] | None = None,
+    ) -> None:
+        now = time.time()
+
+        def work(connection: Connection) -> None:
+            if first is not None:
+                first(connection)
+            journal.add(connection, self.key, entry, now=now, body=body, failure=failure)
+
+        try:
+            await self.services.catalog.write(work)
+        except CatalogUnavailable as error:
+            raise Unavailable("journal_unavailable", str(error)) from error
+
+    # --- Outcomes ----------------------------------------------------------------------------
+
+    async def outcome(self, seq: int, timeout: float) -> Outcome | None:
+        """The outcome of an accepted number, waited for at most `timeout` seconds.
+
+        None when it is not there yet. Raises RunError for a number that was never accepted.
+        """
+        if seq not in self.order:
+            raise RunError(
+                "request_not_found",
+                f"request {self.key.request_id(seq)!r} is not known here",
+                reason="not_found",
+            )
+        recent = self._recent.outcomes.get(seq)
+        if recent is None and self._is_open(seq):
+            event = self._waiting.setdefault(seq, asyncio.Event())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await event.wait()
+            if not event.is_set():
+                return None
+            recent = self._recent.outcomes.get(seq)
+        if recent is not None:
+            return recent
+        return await self.services.catalog.read(lambda c: journal.outcome(c, self.key, seq))
+
+    def delivered(self, seq: int) -> None:
+        """An outcome was handed out: it is kept in the catalog only, and for a while only."""
+        if self._recent.pop(seq) is not None:
+            self._read.append(seq)
+
+    async def note_read(self) -> None:
+        """Record which outcomes were handed out since the last call."""
+        if not self._read:
+            return
+        seqs, self._read = self._read, []
+        now = time.time()
+        try:
+            await self.services.catalog.write(
+                lambda c: journal.mark_read(c, self.key, seqs, now=now)
+            )
+        except CatalogUnavailable:
+            self._read = seqs + self._read
+
+    def _is_open(self, seq: int) -> bool:
+        if seq in self._recording:
+            return True
+        try:
+            return not self.order[seq].state.settled
+        except KeyError:  # forgotten, hence settled
+            return False
+
+    def settle(
+        self,
+        seq: int,
+        outcome: Outcome,
+        *,
+        target: str | None = None,
+        also: Callable[[Connection], object] | None = None,
+    ) -> asyncio.Task[None]:
+        """Make an outcome final: recorded durably, then shown to those who wait.
+
+        The run goes on meanwhile. `also` writes more in the same transaction.
+        """
+        if self.order[seq].state.settled:  # the run ended while it was executed
+            return self._recording.get(seq) or asyncio.create_task(asyncio.sleep(0))
+        self.order.settle(seq, State.DONE if outcome.failure is None else State.FAILED)
+        body = self._bodies.pop(seq, None)
+        self._bodies_size -= len(body or b"")
+        task = asyncio.create_task(self._record(seq, outcome, target, also))
+        self._recording[seq] = task
+        return task
+
+    async def _record(
+        self,
+        seq: int,
+        outcome: Outcome,
+        target: str | None,
+        also: Callable[[Connection], object] | None,
+    ) -> None:
+        now = time.time()
+
+        def work(connection: Connection) -> None:
+            journal.settle(connection, self.key, seq, outcome, now=now, target=target)
+            if also is not None:
+                also(connection)
+
+        await self.write_patiently(work)
+        self._recent.add(seq, outcome)
+        self._recording.pop(seq, None)
+        event = self._waiting.pop(seq, None)
+        if event is not None:
+            event.set()
+
+    async def write_patiently(self, work: Callable[[Connection], object]) -> None:
+        """A catalog write that has to happen: tried until the catalog takes it."""
+        pause = 0.05
+        while True:
+            try:
+                await self.services.catalog.write(work)
+                return
+            except CatalogUnavailable as error:
+                self.log.warning("catalog unavailable, trying again", error=str(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 5.0)
+
+    async def recorded(self) -> None:
+        """Wait until every outcome so far is durable."""
+        if self._recording:
+            await asyncio.wait(list(self._recording.values()))
+
+    # --- For the driver ----------------------------------------------------------------------
+
+    async def body(self, seq: int) -> bytes:
+        """An operation's body, from memory or from the journal."""
+        body = self._bodies.get(seq)
+        if body is None:
+            record = await self.services.catalog.read(lambda c: journal.record(c, self.key, seq))
+            body = record.body
+        assert body is not None, f"the body of {self.key.request_id(seq)} is gone"
+        return body
+
+    async def skip(self, seq: int) -> None:
+        """Give up a number that never came, durably, so that those after it can go on."""
+        async with self._submitting:
+            if seq in self.order:  # it came at the last moment
+                return
+            self.log.warning("number skipped: it never came", seq=seq)
+            now = time.time()
+            entry = Entry(seq, MISSING, None, State.SKIPPED)
+            await self.write_patiently(lambda c: journal.add(c, self.key, entry, now=now))
+            self.order.add(entry)
+
+    # --- Life --------------------------------------------------------------------------------
+
+    def start(self, drive: Callable[[], Awaitable[None]]) -> None:
+        """Begin to execute what comes up."""
+
+        async def guarded() -> None:
+            try:
+                await drive()
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                self.log.exception("the run's driver failed")
+                self.end(
+                    Failure(
+                        "internal_error",
+                        "the server met a defect while it executed this run; its log has the "
+                        "details. The run's checkpoints are not affected",
+                        "server",
+                    )
+                )
+
+        self._driver = asyncio.create_task(guarded(), name=f"run {self.key}")
+
+    async def finish(self, reason: Failure) -> None:
+        """End the run after the operation under way; those that are pending fail with `reason`."""
+        self.closing = True
+        self.wake.set()
+        if self._driver is not None:
+            await asyncio.wait([self._driver])
+        self.end(reason)
+        await self.recorded()
+
+    def end(self, reason: Failure) -> None:
+        """Take no more operations; those that are pending fail with `reason`."""
+        if self.ended is None:
+            self.ended = reason
+        for entry in self.order.unsettled:
+            self.settle(entry.seq, Outcome(entry.kind, failure=self.ended))
+
+    async def stop(self) -> None:
+        """Stop executing, without ending the run: a later start of the server goes on with it."""
+        if self._driver is not None:
+            self._driver.cancel()
+            await asyncio.wait([self._driver])
+        await self.recorded()

@@ -1,0 +1,272 @@
+"""Samplers and their requests: unordered, kept in memory, gone with the process.
+
+A sampling request changes nothing, so a client that loses one sends it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from holdfast.catalog import Catalog
+from holdfast.catalog.tables import samplers
+from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, WorkerDied
+from holdfast.runs import journal
+from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.engines import Engines
+from holdfast.runs.errors import RunError, Unavailable, not_found
+from holdfast.runs.journal import Failure, Outcome
+from holdfast.store import NameKey
+
+MOST_WAITING = 20_000
+"""Requests in memory at a time, read ones included."""
+KEPT_AFTER_READ = 600.0
+"""Seconds for which an answer can be read again."""
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A base model, alone or with an adapter's weights."""
+
+    id: str
+    session_id: str
+    owner: str
+    base_model: str
+    model_path: str | None
+    manifest: str | None
+    created: float
+
+
+@dataclass(slots=True)
+class _Request:
+    body_hash: str
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    outcome: Outcome | None = None
+    read: float | None = None
+    task: asyncio.Task[None] | None = None
+
+
+class Samplers:
+    """Creates samplers and executes their requests, one at a time per worker."""
+
+    def __init__(self, catalog: Catalog, checkpoints: Checkpoints, engines: Engines) -> None:
+        self._catalog = catalog
+        self._checkpoints = checkpoints
+        self._engines = engines
+        self._requests: dict[tuple[str, int], _Request] = {}
+
+    async def create(
+        self,
+        session_id: str,
+        owner: str,
+        base_model: str,
+        seq_id: int | None,
+        *,
+        manifest: str | None = None,
+        model_path: str | None = None,
+    ) -> Sampler:
+        """Record a sampler. `manifest` is an unnamed one, which lives as long as the session.
+
+        Clients number samplers per session, some of them from several counters at once: the same
+        number with the same content is the same sampler, with another content another one.
+        """
+        stem = f"{session_id}:sample:{0 if seq_id is None else seq_id}"
+
+        def work(connection: sa.Connection) -> Sampler:
+            copy = 0
+            while True:
+                id = stem if copy == 0 else f"{stem}.{copy}"
+                new = Sampler(id, session_id, owner, base_model, model_path, manifest, time.time())
+                row = connection.execute(sa.select(samplers).where(samplers.c.id == id)).first()
+                if row is None:
+                    connection.execute(samplers.insert().values(dataclasses.asdict(new)))
+                    return new
+                old = Sampler(**row._mapping)
+                if dataclasses.replace(new, created=old.created) == old:
+                    return old
+                copy += 1
+
+        return await self._catalog.write(work)
+
+    async def create_from_path(
+        self, session_id: str, owner: str, seq_id: int, key: NameKey, base_model: str | None
+    ) -> Sampler:
+        """A sampler of a checkpoint's weights as they are now, whatever becomes of its name."""
+        manifest_id, manifest = await self._checkpoints.resolve(key, [owner])
+        if base_model is not None and base_model != manifest.base_model:
+            raise RunError(
+                "incompatible_checkpoint",
+                f"'tinker://{key}' was trained on base model {manifest.base_model!r}, "
+                f"not {base_model!r}",
+            )
+        host = self._engines[manifest.base_model]
+        try:
+            _, info, _ = await host.engine()
+        except EngineError as error:
+            raise RunError(error.code, error.message, category=error.category) from error
+        if manifest.base_revision != info.revision:
+            raise RunError(
+                "base_revision_mismatch",
+                f"'tinker://{key}' was trained on another version of base model "
+                f"{manifest.base_model!r}",
+            )
+        fixed = dataclasses.replace(
+            manifest,
+            kind="sampler",
+            name=None,
+            owner=owner,
+            optimizer=None,
+            public=False,
+            expires=None,
+            user_metadata=None,
+            parent=manifest_id,
+            request_id=None,
+            files={n: blob for n, blob in manifest.files.items() if n != OPTIMIZER_STATE},
+        )
+        return await self.create(
+            session_id,
+            owner,
+            manifest.base_model,
+            seq_id,
+            manifest=await self._checkpoints.publish(fixed),
+            model_path=f"tinker://{key}",
+        )
+
+    async def create_from_base(
+        self, session_id: str, owner: str, seq_id: int, base_model: str
+    ) -> Sampler:
+        """A sampler of a base model as it is."""
+        self._engines[base_model]
+        return await self.create(session_id, owner, base_model, seq_id)
+
+    async def get(self, sampler_id: str, owner: str) -> Sampler:
+        """Raises RunError when the sampler does not exist or belongs to somebody else."""
+        row = await self._catalog.read(
+            lambda c: c.execute(sa.select(samplers).where(samplers.c.id == sampler_id)).first()
+        )
+        if row is None or row.owner != owner:
+            raise not_found("sampler", sampler_id)
+        return Sampler(**row._mapping)
+
+    async def of_session(self, session_id: str) -> list[Sampler]:
+        rows = await self._catalog.read(
+            lambda c: c.execute(
+                sa.select(samplers).where(samplers.c.session_id == session_id)
+            ).all()
+        )
+        return [Sampler(**row._mapping) for row in rows]
+
+    def submit(self, sampler: Sampler, seq_id: int, asked: bytes, body: bytes) -> str:
+        """Take a request; the same number is the same request when it `asked` for the same.
+
+        `body` is what is executed: with the seed that was drawn when none was asked for.
+        """
+        key = (sampler.id, seq_id)
+        body_hash = journal.digest(asked)
+        known = self._requests.get(key)
+        if known is None:
+            self._forget()
+            if len(self._requests) >= MOST_WAITING:
+                raise Unavailable(
+                    "too_many_samples",
+                    f"{MOST_WAITING} sampling requests are waiting; send this one again later",
+                )
+            request = _Request(body_hash)
+            request.task = asyncio.create_task(self._execute(sampler, body, request))
+            self._requests[key] = request
+        elif known.body_hash != body_hash:
+            raise RunError(
+                "sequence_conflict",
+                f"number {seq_id} of sampler {sampler.id!r} was used for another request",
+            )
+        return f"{sampler.id}:{seq_id}"
+
+    async def outcome(self, sampler_id: str, seq_id: int, timeout: float) -> Outcome | None:
+        """A request's outcome, waited for at most `timeout` seconds; None while it is not there.
+
+        Raises RunError of reason "gone" for a request that is not known (any more).
+        """
+        request = self._requests.get((sampler_id, seq_id))
+        if request is None:
+            raise RunError(
+                "sample_lost",
+                f"sampling request {sampler_id}:{seq_id} is not known here: the server was "
+                "restarted, or its answer was read a while ago; send it again",
+                reason="gone",
+                category="server",
+            )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await request.done.wait()
+        return request.outcome
+
+    def delivered(self, sampler_id: str, seq_id: int) -> None:
+        request = self._requests.get((sampler_id, seq_id))
+        if request is not None and request.read is None:
+            request.read = time.monotonic()
+
+    def cancel(self, sampler_id: str, seq_id: int) -> None:
+        """Drop a request that nobody waits for. Idempotent."""
+        request = self._requests.pop((sampler_id, seq_id), None)
+        if request is not None and request.task is not None:
+            request.task.cancel()
+
+    async def end_session(self, session_id: str) -> None:
+        """Let the session's samplers go."""
+        for sampler in await self.of_session(session_id):
+            for key in [k for k in self._requests if k[0] == sampler.id]:
+                self.cancel(*key)
+            if sampler.manifest is not None:
+                await self._checkpoints.discard([sampler.manifest])
+        await self._catalog.write(
+            lambda c: c.execute(samplers.delete().where(samplers.c.session_id == session_id))
+        )
+
+    async def close(self) -> None:
+        tasks = [r.task for r in self._requests.values() if r.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _execute(self, sampler: Sampler, body: bytes, request: _Request) -> None:
+        try:
+            result = await self._sample(sampler, body)
+            request.outcome = Outcome("sample", result=result)
+        except (EngineError, RunError) as error:
+            failure = Failure(error.code, error.message, error.category)
+            request.outcome = Outcome("sample", failure=failure)
+        request.done.set()
+
+    async def _sample(self, sampler: Sampler, body: bytes) -> bytes:
+        files = None
+        if sampler.manifest is not None:
+            files = (await self._checkpoints.manifest(sampler.manifest)).files
+        host = self._engines[sampler.base_model]
+        for _ in range(_ATTEMPTS):
+            engine, _, life = await host.engine()
+            try:
+                async with host.turn:
+                    return await engine.sample(files, body)
+            except WorkerDied:
+                host.lost(life)
+        raise RunError(
+            "operation_kills_worker",
+            f"the worker died {_ATTEMPTS} times while it executed this sampling request",
+            category="server",
+        )
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        old = [
+            key
+            for key, request in self._requests.items()
+            if request.read is not None and now - request.read > KEPT_AFTER_READ
+        ]
+        for key in old:
+            del self._requests[key]

@@ -1,0 +1,510 @@
+"""Everything the server asks of runs, in one place: sessions, runs, futures, samplers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy import Connection
+
+from holdfast.catalog import Catalog, CatalogUnavailable
+from holdfast.catalog.tables import operations, runs
+from holdfast.engine.interface import LoraConfig, RunConfig
+from holdfast.runs import bodies, journal
+from holdfast.runs.bodies import Body, Create, CreateFromState
+from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.driver import Driver
+from holdfast.runs.engines import Engines
+from holdfast.runs.errors import RunError, not_found
+from holdfast.runs.journal import Failure, Outcome, RunKey
+from holdfast.runs.order import Order, State
+from holdfast.runs.run import Run, RunInfo, Services
+from holdfast.runs.samplers import Samplers
+from holdfast.runs.sessions import Session, Sessions
+from holdfast.store import Store
+
+ELIXIR = "elixir"
+"""The client family whose numbers may have permanent gaps."""
+
+_log = structlog.get_logger("holdfast.runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How long things are kept, in seconds."""
+
+    session_grace: float = 30 * 60
+    """Without heartbeat, submission or poll."""
+    results_after_read: float = 10 * 60
+    last_state: float = 7 * 24 * 3600
+    """The final state of a run whose session has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A row of the runs table."""
+
+    key: RunKey
+    session_id: str
+    owner: str
+    created: float
+    last_request: float
+    state: str
+    state_detail: str | None
+    config: RunConfig | None
+    user_metadata: dict[str, str] | None
+    corrupted: bool
+
+
+@dataclass(slots=True)
+class _Live:
+    run: Run
+    driver: Driver
+
+
+class Runs:
+    """All runs of a server. Its methods belong to one event loop."""
+
+    def __init__(
+        self, catalog: Catalog, store: Store, engines: Engines, lifetimes: Lifetimes | None = None
+    ) -> None:
+        self.catalog = catalog
+        self.engines = engines
+        self.checkpoints = Checkpoints(store, catalog)
+        self.samplers = Samplers(catalog, self.checkpoints, engines)
+        self.lifetimes = lifetimes or Lifetimes()
+        self.sessions = Sessions(catalog, grace=self.lifetimes.session_grace)
+        self._services = Services(catalog, self.checkpoints, engines)
+        self._live: dict[str, _Live] = {}
+        self._creating = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Take up the runs of sessions that have not ended."""
+        await self.checkpoints.reconcile()
+        for session in await self.sessions.open():
+            for record in await self._records(runs.c.session_id == session.id):
+                if record.state == "live":
+                    await self._take_up(session, record)
+        self._background(self._housekeeping())
+
+    async def stop(self) -> None:
+        """Stop executing. Nothing ends: a later start goes on where this one stopped."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(live.run.stop() for live in self._live.values()))
+        await self.samplers.close()
+        await self.engines.close()
+
+    # --- Creating ----------------------------------------------------------------------------
+
+    async def create(
+        self,
+        session: Session,
+        model_seq_id: int,
+        *,
+        base_model: str,
+        lora: Mapping[str, Any],
+        optimizer: str,
+        user_metadata: dict[str, str] | None,
+        idempotency_key: str | None,
+    ) -> Run:
+        """Create a run, as operation 0. `lora` is a LoraConfig's fields, its seed may be None.
+
+        Raises RunError for an unknown base model and for a model number that is in use.
+        """
+        self.engines[base_model]
+        asked = {"base_model": base_model, "lora": dict(lora), "optimizer": optimizer}
+        body_hash = journal.digest(bodies.encode_json({**asked, "metadata": user_metadata}))
+        seed = lora["seed"]
+        drawn = secrets.randbits(31) if seed is None else seed
+        config = RunConfig(base_model, LoraConfig(**{**lora, "seed": drawn}), optimizer)
+        return await self._create(
+            session,
+            model_seq_id,
+            Create.of(config),
+            config,
+            user_metadata,
+            body_hash,
+            idempotency_key,
+        )
+
+    async def create_from_state(
+        self,
+        session: Session,
+        model_seq_id: int,
+        body: CreateFromState,
+        *,
+        user_metadata: dict[str, str] | None,
+        idempotency_key: str | None,
+    ) -> Run:
+        """Create a run from a checkpoint, which its first operation reads."""
+        if body.base_model is not None:
+            self.engines[body.base_model]
+        body_hash = journal.digest(body.encode())
+        return await self._create(
+            session, model_seq_id, body, None, user_metadata, body_hash, idempotency_key
+        )
+
+    async def _create(
+        self,
+        session: Session,
+        model_seq_id: int,
+        body: Body,
+        config: RunConfig | None,
+        user_metadata: dict[str, str] | None,
+        body_hash: str,
+        idempotency_key: str | None,
+    ) -> Run:
+        model_id = f"{session.id}:train:{model_seq_id}"
+        async with self._creating:
+            generation = 0
+            history = await self._history(model_id)
+            if history is not None:
+                same_request = (
+                    idempotency_key is not None and idempotency_key == history.idempotency_key
+                )
+                same_body = body_hash == history.body_hash and not history.anything_failed
+                live = self._live.get(model_id)
+                if live is not None and (same_request or same_body):
+                    return live.run
+                if history.anything_done:
+                    raise RunError(
+                        "model_exists",
+                        f"model {model_id!r} exists and was created by another request; a new "
+                        "model needs another model_seq_id",
+                    )
+                generation = history.generation + 1
+                if live is not None:
+                    replaced = Failure(
+                        "model_replaced", f"model {model_id!r} was created anew by a later request"
+                    )
+                    await self._finish(live, replaced, "replaced")
+            key = RunKey(model_id, generation)
+            now = time.time()
+            row = {
+                "id": key.id,
+                "generation": key.generation,
+                "session_id": session.id,
+                "owner": session.owner,
+                "created": now,
+                "last_request": now,
+                "state": "live",
+                "base_model": None if config is None else config.base_model,
+                "config": None if config is None else bodies.config_as_json(config),
+                "user_metadata": user_metadata,
+                "body_hash": body_hash,
+                "idempotency_key": idempotency_key,
+                "corrupted": False,
+            }
+            order = Order(elixir=session.client == ELIXIR)
+            info = RunInfo(session.id, session.owner, config, user_metadata)
+            run = Run(key, info, self._services, order)
+            await run.submit(
+                0, body.kind, body.encode(), first=lambda c: c.execute(runs.insert().values(row))
+            )
+            self._start(run)
+            return run
+
+    def _start(self, run: Run) -> None:
+        driver = Driver(run, self.samplers)
+        live = _Live(run, driver)
+        self._live[run.key.id] = live
+
+        async def drive() -> None:
+            await driver.drive()
+            if run.ended is not None and not run.closing:
+                self._background(self._ended_by_itself(live))
+
+        run.start(drive)
+
+    async def _ended_by_itself(self, live: _Live) -> None:
+        """A run whose creation failed, or that could not be recovered."""
+        failed = live.run.ended is not None and live.run.ended.code == "creation_failed"
+        assert live.run.ended is not None
+        await self._finish(live, live.run.ended, "failed" if failed else "lost")
+
+    async def _take_up(self, session: Session, record: RunRecord) -> None:
+        key = record.key
+        points = await self.catalog.read(lambda c: journal.recovery_points(c, key))
+        floor = points[-1][0] if points else -1
+        order = Order(
+            elixir=session.client == ELIXIR, floor=floor, position=points[0][0] if points else -1
+        )
+        for item in await self.catalog.read(lambda c: journal.entries(c, key, above=floor)):
+            order.add(item.entry)
+            if item.mark_at is not None and item.entry.kind == bodies.FORWARD_BACKWARD:
+                order.add_late_mark(item.entry.seq, item.mark_at)
+        info = RunInfo(record.session_id, record.owner, record.config, record.user_metadata)
+        run = Run(key, info, self._services, order)
+        run.last_request = record.last_request
+        self._start(run)
+
+    # --- Runs --------------------------------------------------------------------------------
+
+    async def live(self, model_id: str, owner: str) -> Run:
+        """A run that takes operations. RunError when there is none, or it has ended."""
+        live = self._live.get(model_id)
+        if live is None or live.run.info.owner != owner:
+            for record in await self._records((runs.c.id == model_id) & (runs.c.owner == owner)):
+                detail = record.state_detail or "it has ended"
+                raise RunError(f"model_{record.state}", f"model {model_id!r} is gone: {detail}")
+            raise not_found("model", model_id)
+        self.sessions.seen(live.run.info.session_id)
+        return live.run
+
+    async def unload(self, model_id: str, owner: str) -> None:
+        """End a run after the operation under way. Idempotent."""
+        live = self._live.get(model_id)
+        if live is not None and live.run.info.owner == owner:
+            reason = Failure("model_unloaded", f"model {model_id!r} was unloaded")
+            await self._finish(live, reason, "unloaded")
+        elif not await self._records((runs.c.id == model_id) & (runs.c.owner == owner)):
+            raise not_found("model", model_id)
+
+    async def record(self, model_id: str, owner: str) -> RunRecord:
+        """A run, also one that has ended. RunError when there is none."""
+        found = await self._records(_visible(owner) & (runs.c.id == model_id))
+        if not found:
+            raise not_found("model", model_id)
+        return found[-1]
+
+    async def page(self, owner: str, *, offset: int, limit: int) -> tuple[list[RunRecord], int]:
+        """An owner's runs, newest first, and how many there are in all."""
+        where = _visible(owner)
+        total = await self.catalog.read(
+            lambda c: c.scalar(sa.select(sa.func.count()).select_from(runs).where(where)) or 0
+        )
+        return await self._records(where, offset=offset, limit=limit, newest_first=True), total
+
+    async def config(self, model_id: str, owner: str, timeout: float) -> RunConfig:
+        """A run's configuration; waits for a creating load that is still to read it."""
+        live = self._live.get(model_id)
+        if live is not None and live.run.info.owner == owner and live.run.info.config is None:
+            await live.run.outcome(0, timeout)
+        if live is not None and live.run.info.config is not None:
+            return live.run.info.config
+        record = await self.record(model_id, owner)
+        if record.config is None:
+            raise not_found("model", model_id, ": its creation has not finished or has failed")
+        return record.config
+
+    # --- Futures -----------------------------------------------------------------------------
+
+    async def outcome(
+        self, request_id: str, owner: str, timeout: float
+    ) -> tuple[Outcome | None, str | None]:
+        """A request's outcome, waited for at most `timeout` seconds, and what it waits for.
+
+        Raises RunError for a request id that is not known.
+        """
+        stem, seq = _split(request_id)
+        sampler, _, number = stem.rpartition(":sample:")
+        if sampler and number:
+            await self.samplers.get(stem, owner)
+            self.sessions.seen(sampler)
+            return await self.samplers.outcome(stem, seq, timeout), None
+        model_id, generation = _split_generation(stem)
+        live = self._live.get(model_id)
+        if live is not None and live.run.key.generation == generation:
+            if live.run.info.owner != owner:
+                raise not_found("request", request_id)
+            self.sessions.seen(live.run.info.session_id)
+            return await live.run.outcome(seq, timeout), live.run.note
+        key = RunKey(model_id, generation)
+        if not await self._records(_is(key) & (runs.c.owner == owner)):
+            raise not_found("request", request_id)
+        outcome = await self.catalog.read(lambda c: journal.outcome(c, key, seq))
+        if outcome is None:
+            raise not_found("request", request_id)
+        return outcome, None
+
+    async def cancel_sample(self, request_id: str, owner: str) -> None:
+        """Drop a sampling request that nobody waits for. Training operations are left alone."""
+        stem, seq = _split(request_id)
+        if ":sample:" in stem:
+            await self.samplers.get(stem, owner)
+            self.samplers.cancel(stem, seq)
+
+    def refused_without_number(self, owner: str) -> None:
+        """A submission of that owner was refused whose model and number could not be read."""
+        for live in self._live.values():
+            if live.run.info.owner == owner:
+                live.run.refused_without_number()
+
+    def delivered(self, request_id: str) -> None:
+        """An outcome was handed out in full."""
+        stem, seq = _split(request_id)
+        if ":sample:" in stem:
+            self.samplers.delivered(stem, seq)
+            return
+        model_id, generation = _split_generation(stem)
+        live = self._live.get(model_id)
+        if live is not None and live.run.key.generation == generation:
+            live.run.delivered(seq)
+
+    # --- Sessions ----------------------------------------------------------------------------
+
+    async def end_session(self, session_id: str, reason: str, detail: str | None = None) -> None:
+        """End a session: its runs keep their last state a while, its samplers go. Idempotent."""
+        if not await self.sessions.end(session_id, reason, detail):
+            return
+        self._background(self._close_session(session_id, reason))
+
+    async def _close_session(self, session_id: str, reason: str) -> None:
+        failure = Failure("session_ended", f"session {session_id!r} has ended ({reason})")
+        mine = [x for x in self._live.values() if x.run.info.session_id == session_id]
+        for live in mine:
+            await self._finish(live, failure, "unloaded")
+        await self.samplers.end_session(session_id)
+
+    async def _finish(self, live: _Live, reason: Failure, state: str) -> None:
+        """End a run, keep its last state, and let it go."""
+        run, driver = live.run, live.driver
+        await run.finish(reason)
+        if state == "unloaded":
+            try:
+                expires = time.time() + self.lifetimes.last_state
+                await driver.last_state(f"auto.{run.order.position}", expires)
+            except Exception as error:
+                run.log.warning("the last state was not kept", error=str(error))
+        await driver.drop()
+        values = {
+            "state": state,
+            "state_detail": reason.message,
+            "corrupted": reason.code == "replay_diverged",
+        }
+        await run.write_patiently(
+            lambda c: c.execute(runs.update().where(_is(run.key)).values(values))
+        )
+        if self._live.get(run.key.id) is live:
+            del self._live[run.key.id]
+        points = await self.catalog.read(lambda c: journal.recovery_points(c, run.key))
+        with suppress(RunError):
+            await self.checkpoints.discard([manifest for _, manifest in points])
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(min(30.0, self.lifetimes.session_grace / 4))
+            for session_id in self.sessions.silent():
+                _log.info("session expired", session=session_id)
+                await self.end_session(session_id, "expired")
+            for live in list(self._live.values()):
+                await live.run.note_read()
+            before = time.time() - self.lifetimes.results_after_read
+            with suppress(CatalogUnavailable):
+                await self.catalog.write(
+                    lambda c, t=before: journal.expire_results(c, read_before=t)  # type: ignore[misc]
+                )
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and task.exception() is not None:
+                _log.error("background work failed", exc_info=task.exception())
+
+        task.add_done_callback(done)
+
+    # --- Rows --------------------------------------------------------------------------------
+
+    async def _records(
+        self,
+        where: sa.ColumnElement[bool],
+        *,
+        offset: int = 0,
+        limit: int | None = None,
+        newest_first: bool = False,
+    ) -> list[RunRecord]:
+        order = runs.c.created.desc() if newest_first else runs.c.created
+        rows = await self.catalog.read(
+            lambda c: c.execute(
+                sa.select(runs)
+                .where(where)
+                .order_by(order, runs.c.generation)
+                .offset(offset)
+                .limit(limit)
+            ).all()
+        )
+        return [
+            RunRecord(
+                RunKey(row.id, row.generation),
+                row.session_id,
+                row.owner,
+                row.created,
+                row.last_request,
+                row.state,
+                row.state_detail,
+                None if row.config is None else bodies.config_from_json(row.config),
+                row.user_metadata,
+                row.corrupted,
+            )
+            for row in rows
+        ]
+
+    async def _history(self, model_id: str) -> _History | None:
+        """The newest generation of a model id, and how its operations ended."""
+
+        def query(connection: Connection) -> _History | None:
+            row = connection.execute(
+                sa.select(runs).where(runs.c.id == model_id).order_by(runs.c.generation.desc())
+            ).first()
+            if row is None:
+                return None
+            ended = connection.execute(
+                sa.select(operations.c.seq, operations.c.state).where(
+                    (operations.c.run_id == model_id)
+                    & (operations.c.generation == row.generation)
+                    & operations.c.state.in_([State.DONE.value, State.FAILED.value])
+                )
+            ).all()
+            return _History(
+                row.generation,
+                row.body_hash,
+                row.idempotency_key,
+                any(e.state == State.DONE.value and e.seq > 0 for e in ended),
+                any(e.state == State.FAILED.value for e in ended) or row.state != "live",
+            )
+
+        return await self.catalog.read(query)
+
+
+@dataclass(frozen=True, slots=True)
+class _History:
+    generation: int
+    body_hash: str
+    idempotency_key: str | None
+    anything_done: bool
+    anything_failed: bool
+
+
+def _is(key: RunKey) -> sa.ColumnElement[bool]:
+    return (runs.c.id == key.id) & (runs.c.generation == key.generation)
+
+
+def _visible(owner: str) -> sa.ColumnElement[bool]:
+    return (runs.c.owner == owner) & runs.c.state.not_in(("failed", "replaced"))
+
+
+def _split(request_id: str) -> tuple[str, int]:
+    stem, _, seq = request_id.rpartition(":")
+    if not stem or not seq.isascii() or not seq.isdigit():
+        raise not_found("request", request_id)
+    return stem, int(seq)
+
+
+def _split_generation(stem: str) -> tuple[str, int]:
+    model_id, _, generation = stem.rpartition(":g")
+    if model_id and generation.isdigit():
+        return model_id, int(generation)
+    return stem, 0

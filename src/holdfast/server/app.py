@@ -1,0 +1,141 @@
+"""The ASGI app: its parts put together, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.types import Scope
+
+from holdfast.catalog import Catalog
+from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
+from holdfast.runs import bodies
+from holdfast.runs.engines import Engines, StartEngine
+from holdfast.runs.service import Runs
+from holdfast.server import failures
+from holdfast.server.auth import Keys
+from holdfast.server.body_limit import BodyLimit
+from holdfast.server.context import Context
+from holdfast.server.routes import (
+    checkpoints,
+    futures,
+    models,
+    sampling,
+    service,
+    sessions,
+    tokenizers,
+    training,
+    training_runs,
+)
+from holdfast.server.settings import Settings
+from holdfast.server.submit import address_in_json, refuse_unread
+from holdfast.store import Store
+
+PREFIX = "/api/v1"
+
+_KINDS = {
+    "forward_backward": bodies.FORWARD_BACKWARD,
+    "forward": bodies.FORWARD,
+    "optim_step": bodies.OPTIM_STEP,
+    "save_weights": bodies.SAVE_WEIGHTS,
+    "save_weights_for_sampler": bodies.SAVE_SAMPLER,
+    "load_weights": bodies.LOAD_WEIGHTS,
+}
+"""Operations that have a number, by the last part of their path."""
+
+_log = structlog.get_logger("holdfast.server")
+
+
+def create_app(
+    settings: Settings, catalog: Catalog, store: Store, start_engine: StartEngine
+) -> FastAPI:
+    """The app over an open catalog and store. It closes neither."""
+    engines = Engines(list(settings.models), start_engine)
+    runs = Runs(catalog, store, engines, settings.lifetimes)
+    context = Context(settings, runs, Keys(catalog))
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await runs.start()
+        warm = asyncio.create_task(_load_first(engines))
+        yield
+        warm.cancel()
+        await asyncio.gather(warm, return_exceptions=True)
+        await runs.stop()
+
+    app = FastAPI(
+        title="Holdfast",
+        lifespan=lifespan,
+        # A redirect would be taken for an answer by some clients.
+        redirect_slashes=False,
+        strict_content_type=False,
+    )
+    app.state.context = context
+    failures.install(app)
+    _settle_refused(app, context)
+    for module in (
+        service,
+        sessions,
+        models,
+        training,
+        checkpoints,
+        sampling,
+        futures,
+        training_runs,
+        tokenizers,
+    ):
+        app.include_router(module.router, prefix=PREFIX)
+    app.include_router(service.router, include_in_schema=False)  # /healthz, for probes
+    app.add_middleware(BodyLimit, limit=settings.max_body)
+    return app
+
+
+def _settle_refused(app: FastAPI, context: Context) -> None:
+    """Settle the numbers of operations whose bodies are refused before a route sees them."""
+    runs = context.runs
+
+    def kind_of(path: str) -> str | None:
+        return _KINDS.get(path.rpartition("/")[2])
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Any:
+        message = failures.validation_message(error)
+        kind = kind_of(request.url.path)
+        if kind is not None:
+            refusal = InvalidMessageError(message)
+            address = address_in_json(error.body)
+            try:
+                owner = context.keys.owner(_key(request.scope))
+            except AuthenticationError as unknown:
+                return failures.refusal(401, unknown.message, unknown.code)
+            await refuse_unread(runs, owner, kind, address, refusal)
+        return failures.refusal(422, message, InvalidMessageError.default_code)
+
+    def body_refused(scope: Scope) -> None:
+        if kind_of(scope["path"]) is not None:
+            try:
+                runs.refused_without_number(context.keys.owner(_key(scope)))
+            except AuthenticationError:
+                return
+
+    app.state.body_refused = body_refused
+
+
+def _key(scope: Scope) -> str | None:
+    headers = dict(scope["headers"])
+    key = headers.get(b"x-api-key")
+    return None if key is None else key.decode("latin-1")
+
+
+async def _load_first(engines: Engines) -> None:
+    """Load the first base model beside the first requests."""
+    for name in engines.models[:1]:
+        try:
+            await engines[name].engine()
+        except Exception as error:
+            _log.error("base model not loaded", model=name, error=str(error))

@@ -1,0 +1,66 @@
+"""What a request's handler works with, as FastAPI dependencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from holdfast.protocol.errors import PermissionDeniedError
+from holdfast.runs.service import ELIXIR, Runs
+from holdfast.server.auth import Keys
+from holdfast.server.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The parts of one server."""
+
+    settings: Settings
+    runs: Runs
+    keys: Keys
+
+
+def context(request: Request) -> Context:
+    found = request.app.state.context
+    assert isinstance(found, Context)
+    return found
+
+
+def runs(request: Request) -> Runs:
+    return context(request).runs
+
+
+def owner(request: Request) -> str:
+    """The owner that the request's key stands for."""
+    return context(request).keys.owner(api_key(request))
+
+
+def api_key(request: Request) -> str | None:
+    key = request.headers.get("x-api-key")
+    if key is None:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = key if scheme.lower() == "bearer" else None
+    return key
+
+
+def client_family(request: Request) -> str:
+    """Which client is asking: the families differ in what they understand of a failure."""
+    agent = request.headers.get("user-agent", "").lower()
+    if "tinkex" in agent:
+        return ELIXIR
+    return "python" if agent.startswith(("asynctinker/", "tinker/")) else "other"
+
+
+def no_path_escape(value: str) -> str:
+    """A path parameter that is one plain segment. Raises PermissionDeniedError otherwise."""
+    if value in (".", "..") or "/" in value or "\\" in value:
+        raise PermissionDeniedError(f"{value!r} is not a file name")
+    return value
+
+
+RunsDep = Annotated[Runs, Depends(runs)]
+OwnerDep = Annotated[str, Depends(owner)]
+FamilyDep = Annotated[str, Depends(client_family)]
+ContextDep = Annotated[Context, Depends(context)]

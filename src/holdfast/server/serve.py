@@ -1,0 +1,152 @@
+"""Running a server in this process: its data directory, its socket, its log."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
+from holdfast.engine.interface import Engine
+from holdfast.engine.process import WorkerProcess
+from holdfast.runs.engines import StartEngine
+from holdfast.server.app import create_app
+from holdfast.server.auth import Keys
+from holdfast.server.settings import Settings
+from holdfast.store import StoreError, open_store
+
+_GRACE = 5
+"""Seconds that requests under way have to finish when the server stops."""
+
+
+class CannotServe(Exception):
+    """The server cannot start with these settings; the message says what to change."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises CannotServe before anything was served."""
+    _configure_log()
+    with _exclusive(settings.data_dir), _socket(settings) as listening:
+        try:
+            catalog = Catalog.open_file(settings.data_dir / "catalog.db")
+            store = open_store(settings.data_dir / "store")
+        except (CatalogUnavailable, NewerCatalog, StoreError) as error:
+            raise CannotServe(str(error)) from error
+        try:
+            if not settings.loopback and not Keys(catalog).required:
+                raise CannotServe(
+                    f"{settings.host} can be reached from other machines, and there is no API key"
+                    " yet: make one with `holdfast key create`, or listen on 127.0.0.1"
+                )
+            app = create_app(settings, catalog, store, _starter(settings))
+            port = listening.getsockname()[1]
+            _announce(settings, port)
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_GRACE,
+                # Idle connections of clients that poll every half minute stay open.
+                timeout_keep_alive=75,
+                lifespan="on",
+            )
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            store.close()
+            catalog.close()
+
+
+def _starter(settings: Settings) -> StartEngine:
+    async def start(name: str) -> Engine:
+        source = settings.models[name]
+        return await WorkerProcess.start(
+            name=name,
+            source=source.path,
+            store=settings.data_dir / "store",
+            tokenizer_id=source.tokenizer,
+            device=settings.device,
+            threads=settings.threads or None,
+            token_budget=settings.token_budget,
+        )
+
+    return start
+
+
+@contextmanager
+def _exclusive(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory's lock, making the directory if need be."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CannotServe(f"cannot use the data directory {data_dir}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CannotServe(
+                f"another server uses the data directory {data_dir}"
+                f" (process {_read(handle)}); stop it, or name another --data-dir"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _read(handle: int) -> str:
+    return os.pread(handle, 32, 0).decode(errors="replace") or "unknown"
+
+
+@contextmanager
+def _socket(settings: Settings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((settings.host, settings.port))
+        except (OSError, OverflowError) as error:
+            raise CannotServe(
+                f"cannot listen on {settings.host}:{settings.port}: {error}; "
+                "choose another --port (0 takes any free one)"
+            ) from error
+        listening.listen(2048)
+        yield listening
+
+
+def _announce(settings: Settings, port: int) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    key = "tml-local" if settings.loopback else "one that `holdfast key create` printed"
+    print(
+        f"Holdfast serves {', '.join(settings.models)} on http://{host}:{port}\n"
+        f"  data  {settings.data_dir}\n"
+        f"  use   TINKER_BASE_URL=http://{host}:{port} TINKER_API_KEY={key}",
+        flush=True,
+    )
+
+
+def _configure_log() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+            if sys.stderr.isatty()
+            else structlog.processors.LogfmtRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
