@@ -49,6 +49,8 @@ def load_base(
     directory = _locate(source)
     if tokenizer_id is None and not Path(source).is_dir():
         tokenizer_id = source
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device)
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     try:

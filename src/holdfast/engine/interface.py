@@ -188,3 +188,25 @@ class Engine(Protocol):
     async def close(self) -> None:
         """End the worker."""
         ...
+
+
+class Worker(Engine, Protocol):
+    """An engine in a process of its own, as its supervisor sees it."""
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that wait for their answer."""
+        ...
+
+    @property
+    def last_progress(self) -> float:
+        """Monotonic time of the last sign of life, or of the first call after an idle time."""
+        ...
+
+    async def wait_died(self) -> int:
+        """Wait until the process has ended; its exit status."""
+        ...
+
+    def kill(self) -> None:
+        """End the process at once. Idempotent."""
+        ...

@@ -9,14 +9,18 @@ from contextlib import suppress
 
 import structlog
 
-from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, WorkerDied
+from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, Worker, WorkerDied
 from holdfast.runs.errors import RunError
 
-StartEngine = Callable[[str], Awaitable[Engine]]
+StartEngine = Callable[[str], Awaitable[Worker]]
 """Starts the worker of a base model, by its name."""
 
 _RESTART_PAUSE = (0.0, 1.0, 5.0, 15.0, 60.0)
 """Seconds before a worker is started again, by the number of failed starts in a row."""
+
+HUNG_AFTER = 600.0
+"""Seconds without progress after which a worker that has something to do is ended."""
+_WATCH_EVERY = 10.0
 
 _log = structlog.get_logger("holdfast.engines")
 
@@ -32,7 +36,8 @@ class Host:
         """Held while an operation computes. Waiters are served in the order they came, so runs
         take turns."""
         self._start = start
-        self._engine: Engine | None = None
+        self._engine: Worker | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._info: BaseModelInfo | None = None
         self._failures = 0
         self._failed: EngineError | None = None
@@ -92,6 +97,7 @@ class Host:
             else:
                 self._engine, self._failures, self._failed = engine, 0, None
                 self.life += 1
+                self._watch = asyncio.create_task(self._supervise(engine, self.life))
                 _log.info("base model ready", model=self.name, life=self.life)
                 return
 
@@ -101,7 +107,26 @@ class Host:
             _log.error("worker died", model=self.name, life=life)
             self._engine = None
 
+    async def _supervise(self, engine: Worker, life: int) -> None:
+        """Notice its death also while nobody calls it, end it when it hangs, replace it."""
+        died = asyncio.create_task(engine.wait_died())
+        try:
+            while not died.done():
+                await asyncio.wait([died], timeout=_WATCH_EVERY)
+                silent = time.monotonic() - engine.last_progress
+                if engine.in_flight and silent > HUNG_AFTER and not died.done():
+                    _log.error("worker hangs, ending it", model=self.name, silent=round(silent))
+                    engine.kill()
+        finally:
+            died.cancel()
+        self.lost(life)
+        with suppress(EngineError):
+            await self.engine()
+
     async def close(self) -> None:
+        """End the worker, after what it was sent."""
+        if self._watch is not None:
+            self._watch.cancel()
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.close()

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from holdfast.catalog.tables import operations, runs, snapshots
+from holdfast.runs.bodies import MISSING
 from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
 
@@ -165,7 +166,7 @@ def record(connection: Connection, key: RunKey, seq: int) -> Record:
 
 
 def outcome(connection: Connection, key: RunKey, seq: int) -> Outcome | None:
-    """Read a settled operation's outcome; None while it is unsettled or when it is unknown."""
+    """Read a settled operation's outcome; None while it is unsettled, or when its row is gone."""
     row = connection.execute(
         sa.select(
             operations.c.kind, operations.c.state, operations.c.result, operations.c.error
@@ -176,14 +177,19 @@ def outcome(connection: Connection, key: RunKey, seq: int) -> Outcome | None:
     if row.error is not None:
         return Outcome(row.kind, failure=Failure.from_json(row.error))
     if row.result is None:
-        return Outcome(
-            row.kind,
-            failure=Failure(
-                "result_expired",
-                f"the result of request {key.request_id(seq)} was read and has been removed since",
-            ),
-        )
+        return expired(key, seq)
     return Outcome(row.kind, result=row.result)
+
+
+def expired(key: RunKey, seq: int) -> Outcome:
+    """The outcome of an operation whose result was handed out and removed since."""
+    return Outcome(
+        MISSING,
+        failure=Failure(
+            "result_expired",
+            f"the result of request {key.request_id(seq)} was read and has been removed since",
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,11 +282,34 @@ def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: 
     )
 
 
-def expire_results(connection: Connection, *, read_before: float) -> int:
-    """Remove results that were handed out before that time; how many there were."""
-    done = connection.execute(
+def expire(connection: Connection, *, read_before: float) -> int:
+    """Remove what nobody needs any more; how many results and rows there were.
+
+    Results that were handed out before that time go. So do whole rows, once no replay goes back
+    to them: those whose outcome was handed out, and numbers that never had a future.
+    """
+    results = connection.execute(
         operations.update()
         .where(operations.c.read < read_before, operations.c.result.is_not(None))
         .values(result=None)
     )
-    return done.rowcount
+    floors = (
+        sa.select(
+            snapshots.c.run_id, snapshots.c.generation, sa.func.min(snapshots.c.seq).label("seq")
+        )
+        .group_by(snapshots.c.run_id, snapshots.c.generation)
+        .having(sa.func.count() >= 2)
+        .subquery()
+    )
+    never_shown = operations.c.body_hash.is_(None) & (operations.c.settled < read_before)
+    rows = connection.execute(
+        operations.delete().where(
+            ((operations.c.read < read_before) | never_shown)
+            & sa.exists().where(
+                (floors.c.run_id == operations.c.run_id)
+                & (floors.c.generation == operations.c.generation)
+                & (operations.c.seq <= floors.c.seq)
+            )
+        )
+    )
+    return results.rowcount + rows.rowcount

@@ -93,7 +93,7 @@ class Run:
         self._bodies: dict[int, bytes] = {}
         self._bodies_size = 0
         self._recent = _Recent()
-        self._read: list[int] = []
+        self._read: set[int] = set()
         self._waiting: dict[int, asyncio.Event] = {}
         self._recording: dict[int, asyncio.Task[None]] = {}
         self._submitting = asyncio.Lock()
@@ -223,25 +223,26 @@ class Run:
             recent = self._recent.outcomes.get(seq)
         if recent is not None:
             return recent
-        return await self.services.catalog.read(lambda c: journal.outcome(c, self.key, seq))
+        found = await self.services.catalog.read(lambda c: journal.outcome(c, self.key, seq))
+        return journal.expired(self.key, seq) if found is None else found
 
     def delivered(self, seq: int) -> None:
         """An outcome was handed out: it is kept in the catalog only, and for a while only."""
-        if self._recent.pop(seq) is not None:
-            self._read.append(seq)
+        self._recent.pop(seq)
+        self._read.add(seq)
 
     async def note_read(self) -> None:
         """Record which outcomes were handed out since the last call."""
         if not self._read:
             return
-        seqs, self._read = self._read, []
+        seqs, self._read = self._read, set()
         now = time.time()
         try:
             await self.services.catalog.write(
                 lambda c: journal.mark_read(c, self.key, seqs, now=now)
             )
         except CatalogUnavailable:
-            self._read = seqs + self._read
+            self._read |= seqs
 
     def _is_open(self, seq: int) -> bool:
         if seq in self._recording:
@@ -371,9 +372,15 @@ class Run:
         for entry in self.order.unsettled:
             self.settle(entry.seq, Outcome(entry.kind, failure=self.ended))
 
-    async def stop(self) -> None:
-        """Stop executing, without ending the run: a later start of the server goes on with it."""
+    async def stop(self, timeout: float) -> None:
+        """Stop executing, without ending the run: a later start of the server goes on with it.
+
+        The operation under way may finish within `timeout` seconds.
+        """
+        self.closing = True
+        self.wake.set()
         if self._driver is not None:
+            await asyncio.wait([self._driver], timeout=timeout)
             self._driver.cancel()
             await asyncio.wait([self._driver])
         await self.recorded()

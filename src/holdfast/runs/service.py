@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,7 +23,7 @@ from holdfast.runs.bodies import Body, Create, CreateFromState
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.driver import Driver
 from holdfast.runs.engines import Engines
-from holdfast.runs.errors import RunError, not_found
+from holdfast.runs.errors import RunError, Unavailable, not_found
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Order, State
 from holdfast.runs.run import Run, RunInfo, Services
@@ -83,6 +84,8 @@ class Runs:
         self.sessions = Sessions(catalog, grace=self.lifetimes.session_grace)
         self._services = Services(catalog, self.checkpoints, engines)
         self._live: dict[str, _Live] = {}
+        self.stopping = asyncio.Event()
+        """Set when the server is about to stop."""
         self._creating = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -95,12 +98,25 @@ class Runs:
                     await self._take_up(session, record)
         self._background(self._housekeeping())
 
-    async def stop(self) -> None:
-        """Stop executing. Nothing ends: a later start goes on where this one stopped."""
+    def begin_stop(self) -> None:
+        """Take no more submissions and let waiting polls go: the server is about to stop."""
+        self.stopping.set()
+
+    async def stop(self, timeout: float = 10.0) -> None:
+        """Stop executing. Nothing ends: a later start goes on where this one stopped.
+
+        Operations under way may finish within `timeout` seconds; then each run's state is kept.
+        """
+        self.begin_stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(live.run.stop() for live in self._live.values()))
+        await asyncio.gather(*(live.run.stop(timeout) for live in self._live.values()))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(*(live.driver.park() for live in self._live.values()))
+        for live in self._live.values():
+            await live.run.note_read()
         await self.samplers.close()
         await self.engines.close()
 
@@ -252,6 +268,8 @@ class Runs:
 
     async def live(self, model_id: str, owner: str) -> Run:
         """A run that takes operations. RunError when there is none, or it has ended."""
+        if self.stopping.is_set():
+            raise Unavailable("stopping", "the server is stopping; send the request again")
         live = self._live.get(model_id)
         if live is None or live.run.info.owner != owner:
             for record in await self._records((runs.c.id == model_id) & (runs.c.owner == owner)):
@@ -373,7 +391,7 @@ class Runs:
         if state == "unloaded":
             try:
                 expires = time.time() + self.lifetimes.last_state
-                await driver.last_state(f"auto.{run.order.position}", expires)
+                await driver.keep_last_state(expires)
             except Exception as error:
                 run.log.warning("the last state was not kept", error=str(error))
         await driver.drop()
@@ -401,9 +419,7 @@ class Runs:
                 await live.run.note_read()
             before = time.time() - self.lifetimes.results_after_read
             with suppress(CatalogUnavailable):
-                await self.catalog.write(
-                    lambda c, t=before: journal.expire_results(c, read_before=t)  # type: ignore[misc]
-                )
+                await self.catalog.write(partial(journal.expire, read_before=before))
 
     def _background(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -15,7 +15,7 @@ import structlog
 import uvicorn
 
 from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
-from holdfast.engine.interface import Engine
+from holdfast.engine.interface import Worker
 from holdfast.engine.process import WorkerProcess
 from holdfast.runs.engines import StartEngine
 from holdfast.server.app import create_app
@@ -65,7 +65,7 @@ def serve(settings: Settings) -> None:
 
 
 def _starter(settings: Settings) -> StartEngine:
-    async def start(name: str) -> Engine:
+    async def start(name: str) -> Worker:
         source = settings.models[name]
         return await WorkerProcess.start(
             name=name,

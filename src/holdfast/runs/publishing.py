@@ -1,0 +1,286 @@
+"""A run's saves and snapshots: copied in its order, written and published beside its training."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy import Connection
+
+from holdfast.engine.interface import (
+    OPTIMIZER_STATE,
+    BaseModelInfo,
+    Capture,
+    Captured,
+    EngineError,
+    WorkerDied,
+)
+from holdfast.runs import bodies, journal
+from holdfast.runs.bodies import Save, SaveSampler
+from holdfast.runs.errors import RunError
+from holdfast.runs.journal import Failure, Kept, Outcome
+from holdfast.runs.order import Entry
+from holdfast.runs.placement import Placement
+from holdfast.runs.run import Run
+from holdfast.runs.samplers import Samplers
+from holdfast.store import Incomplete, Manifest, NameKey
+from holdfast.store.model import CheckpointKind
+
+REPLAY_BOUND = 30.0
+"""Seconds of compute after which a snapshot is taken."""
+SNAPSHOT_SHARE = 0.02
+"""A snapshot may stall the run by this share of the compute since the last one."""
+
+
+class Publisher:
+    """Publishes one run's states, one after the other and in the order they were copied.
+
+    So a snapshot is never there before the saves that precede it: a recovery from it has not
+    passed over one that was still to be made.
+    """
+
+    def __init__(self, run: Run, placement: Placement, samplers: Samplers) -> None:
+        self._run = run
+        self._placement = placement
+        self._samplers = samplers
+        self._tail: asyncio.Task[None] | None = None
+        self._copy_seconds = 0.0
+        self.computed = 0.0
+        """Seconds of compute since the last snapshot."""
+        self.changed_at = -1
+        """The last position that changed the state."""
+        self.snapshot_at = -1
+        """The position of the newest snapshot."""
+        self.numerics: dict[str, Any] | None = None
+        """The fingerprint under which the newest snapshot was made."""
+
+    async def settled(self) -> None:
+        """Wait until everything that was copied is published."""
+        if self._tail is not None:
+            await asyncio.wait([self._tail])
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a snapshot."""
+        if self._tail is not None and not self._tail.done():
+            return False
+        return self.computed >= min(REPLAY_BOUND, self._copy_seconds / SNAPSHOT_SHARE)
+
+    @property
+    def behind(self) -> bool:
+        """Whether the state has changed since the last snapshot."""
+        return self.changed_at > self.snapshot_at
+
+    # --- Saves -------------------------------------------------------------------------------
+
+    async def save(self, entry: Entry) -> None:
+        """Copy the state for a save; the run goes on while it is written and published."""
+        run = self._run
+        save = _decode(entry, await run.body(entry.seq))
+        if save.name is not None:
+            key = NameKey(run.key.id, _segment(save), save.name)
+            made = await run.services.checkpoints.made_by(key, run.key.request_id(entry.seq))
+            if made is not None:  # published before a crash that came before its settling
+                run.order.passed(entry.seq)
+                run.settle(entry.seq, _saved(entry, key), target=made)
+                return
+        capture = await self._capture(optimizer=isinstance(save, Save))
+        run.order.passed(entry.seq)
+        self._publish_next(self._finish_save(entry, save, capture))
+
+    async def _finish_save(self, entry: Entry, save: Save | SaveSampler, capture: Capture) -> None:
+        run = self._run
+        try:
+            captured = await capture.written()
+            _, info = await self._placement.engine()
+            now = time.time()
+            manifest = self.manifest(
+                captured,
+                info,
+                entry.seq,
+                kind="training" if isinstance(save, Save) else "sampler",
+                name=save.name,
+                expires=None if save.ttl_seconds is None else now + save.ttl_seconds,
+                user_metadata=save.user_metadata,
+                request_id=run.key.request_id(entry.seq),
+            )
+            replace = isinstance(save, Save) and save.overwrite
+            manifest_id = await run.services.checkpoints.publish(manifest, replace=replace)
+            if save.name is None:
+                await self._settle_sampler(entry, save, manifest_id)
+                return
+            outcome = _saved(entry, NameKey(run.key.id, _segment(save), save.name))
+            if isinstance(save, Save):
+                # A recovery point of its own: the name may be deleted or moved.
+                base = await run.services.checkpoints.publish(
+                    self.manifest(captured, info, entry.seq)
+                )
+                await self.settle_with_snapshot(entry, outcome, base, manifest_id, info)
+            else:
+                await run.settle(entry.seq, outcome, target=manifest_id)
+        except (EngineError, RunError) as error:
+            failure = Failure(error.code, error.message, error.category)
+            await run.settle(entry.seq, Outcome(entry.kind, failure=failure))
+
+    async def _settle_sampler(
+        self, entry: Entry, save: Save | SaveSampler, manifest_id: str
+    ) -> None:
+        run = self._run
+        assert run.info.config is not None and isinstance(save, SaveSampler)
+        sampler = await self._samplers.create(
+            run.info.session_id,
+            run.info.owner,
+            run.info.config.base_model,
+            save.sampling_session_seq_id,
+            manifest=manifest_id,
+        )
+        result = bodies.encode_json({"sampling_session_id": sampler.id})
+        await run.settle(entry.seq, Outcome(entry.kind, result=result), target=manifest_id)
+
+    # --- Snapshots ---------------------------------------------------------------------------
+
+    async def snapshot(self, *, optimizer: bool = True) -> None:
+        """Take a recovery point at the current position."""
+        seq = self._run.order.position
+        started = time.monotonic()
+        capture = await self._capture(optimizer=optimizer)
+        self._copy_seconds = time.monotonic() - started
+        self.computed = 0.0
+        self._publish_next(self._finish_snapshot(seq, capture))
+
+    async def _finish_snapshot(self, seq: int, capture: Capture) -> None:
+        run = self._run
+        try:
+            captured = await capture.written()
+            _, info = await self._placement.engine()
+            manifest = self.manifest(captured, info, seq)
+            manifest_id = await run.services.checkpoints.publish(manifest)
+        except (EngineError, RunError) as error:
+            run.log.warning("no snapshot", seq=seq, error=error.message)
+            return
+        # Never ahead of the results that lead to it.
+        await run.recorded()
+        kept: list[Kept] = []
+        now = time.time()
+        await run.write_patiently(
+            lambda c: kept.append(journal.add_snapshot(c, run.key, seq, manifest_id, now=now))
+        )
+        await self._recorded(seq, kept, info)
+
+    async def settle_with_snapshot(
+        self, entry: Entry, outcome: Outcome, snapshot: str, target: str, info: BaseModelInfo
+    ) -> None:
+        """Settle an operation and record a recovery point at its position, in one."""
+        run = self._run
+        kept: list[Kept] = []
+        now = time.time()
+
+        def also(connection: Connection) -> None:
+            kept.append(journal.add_snapshot(connection, run.key, entry.seq, snapshot, now=now))
+            if entry.kind == bodies.CREATE_FROM_STATE:
+                assert run.info.config is not None
+                config = bodies.config_as_json(run.info.config)
+                journal.set_config(connection, run.key, config, parent=target)
+
+        await run.settle(entry.seq, outcome, target=target, also=also)
+        await self._recorded(entry.seq, kept, info)
+
+    async def _recorded(self, seq: int, kept: list[Kept], info: BaseModelInfo) -> None:
+        run = self._run
+        self.snapshot_at = max(self.snapshot_at, seq)
+        self.numerics = dict(info.fingerprint)
+        if kept:
+            run.order.forget(min(kept[-1].floor, run.order.position))
+            with suppress(RunError):
+                await run.services.checkpoints.discard(kept[-1].obsolete)
+
+    # --- Both --------------------------------------------------------------------------------
+
+    async def keep_as(self, name: str, expires: float) -> None:
+        """Publish the current state as a checkpoint, for a run that has ended."""
+        capture = await self._capture(optimizer=True)
+        captured = await capture.written()
+        _, info = await self._placement.engine()
+        seq = self._run.order.position
+        manifest = self.manifest(captured, info, seq, name=name, expires=expires)
+        await self._run.services.checkpoints.publish(manifest, replace=True)
+
+    async def _capture(self, *, optimizer: bool) -> Capture:
+        engine, _ = await self._placement.engine()
+        assert self._placement.host is not None
+        async with self._placement.host.turn:
+            return await engine.capture(self._placement.key, optimizer=optimizer)
+
+    def _publish_next(self, work: Coroutine[Any, Any, None]) -> None:
+        before = self._tail
+
+        async def after() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            try:
+                await work
+            except WorkerDied:
+                self._placement.lost()
+                self._run.wake.set()
+
+        self._tail = asyncio.create_task(after())
+        self._tail.add_done_callback(self._report)
+
+    def _report(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._run.log.error("publishing failed", exc_info=task.exception())
+
+    def manifest(
+        self,
+        captured: Captured,
+        info: BaseModelInfo,
+        seq: int,
+        *,
+        kind: CheckpointKind = "training",
+        name: str | None = None,
+        expires: float | None = None,
+        user_metadata: dict[str, str] | None = None,
+        request_id: str | None = None,
+        parent: str | None = None,
+    ) -> Manifest:
+        """The manifest of a captured state; without a name, a recovery point's."""
+        state = captured.state
+        mark = state.incomplete
+        return Manifest(
+            kind=kind,
+            run=self._run.key.id,
+            name=name,
+            seq=seq,
+            step=state.step,
+            base_model=state.config.base_model,
+            base_revision=info.revision,
+            lora=bodies.manifest_lora(state.config),
+            optimizer=state.config.optimizer if OPTIMIZER_STATE in captured.files else None,
+            pending_forward_backwards=state.pending_forward_backwards,
+            incomplete=None if mark is None else Incomplete(mark.seq, mark.message),
+            parent=parent,
+            owner=self._run.info.owner,
+            created=time.time(),
+            expires=expires,
+            user_metadata=user_metadata,
+            fingerprint=info.fingerprint,
+            request_id=request_id,
+            files=captured.files,
+        )
+
+
+def _decode(entry: Entry, body: bytes) -> Save | SaveSampler:
+    if entry.kind == bodies.SAVE_WEIGHTS:
+        return Save.decode(body)
+    return SaveSampler.decode(body)
+
+
+def _segment(save: Save | SaveSampler) -> str:
+    return "weights" if isinstance(save, Save) else "sampler_weights"
+
+
+def _saved(entry: Entry, key: NameKey) -> Outcome:
+    return Outcome(entry.kind, result=bodies.encode_json({"path": f"tinker://{key}"}))

@@ -1,0 +1,188 @@
+"""Rebuilding a run's state: the newest intact snapshot, and what followed it, replayed."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Protocol
+
+from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, RunConfig
+from holdfast.runs import bodies, journal, loading
+from holdfast.runs.bodies import Create, CreateFromState, Load
+from holdfast.runs.errors import RunError
+from holdfast.runs.journal import Failure, Record
+from holdfast.runs.order import Entry, State
+from holdfast.runs.placement import Placement
+from holdfast.runs.publishing import Publisher
+from holdfast.runs.run import Run
+from holdfast.store import Manifest
+
+MOST_DEATHS = 5
+"""Deaths of the worker during one recovery, after which the run stops."""
+
+CLEARING = frozenset({"incomplete_gradients", "gradient_not_finite"})
+"""Failures of an optim_step that clear the gradients, hence change the state."""
+
+
+class Performs(Protocol):
+    """What a replay needs done, by the driver that did it the first time."""
+
+    async def compute(self, entry: Entry, body: bytes) -> bytes: ...
+
+    async def create(self, config: RunConfig) -> None: ...
+
+    async def restore(
+        self, manifest: Manifest, config: RunConfig, body: Load | CreateFromState
+    ) -> None: ...
+
+
+class Recovery:
+    """Brings a run's state back into a worker, and its order to where it had been."""
+
+    def __init__(
+        self, run: Run, placement: Placement, publisher: Publisher, driver: Performs
+    ) -> None:
+        self._run = run
+        self._placement = placement
+        self._publisher = publisher
+        self._driver = driver
+        self._to = -1
+        self._deaths = 0
+        self._marked: set[int] = set()
+
+    async def attach(self) -> bool:
+        """Make sure that a worker holds the state. False when it was restored, and rewound."""
+        run = self._run
+        assert run.info.config is not None
+        host = run.services.engines[run.info.config.base_model]
+        engine, _, life = await host.engine()
+        if self._placement.held_in(host, life):
+            return True
+        self._marked.clear()
+        run.note = "recovering"
+        self._to = max(self._to, run.order.settled_through)
+        points = await run.services.catalog.read(lambda c: journal.recovery_points(c, run.key))
+        for seq, manifest_id in points:
+            try:
+                manifest = await run.services.checkpoints.manifest(manifest_id)
+                async with host.turn:
+                    await engine.restore(
+                        self._placement.key,
+                        run.info.config,
+                        manifest.files,
+                        optimizer=OPTIMIZER_STATE in manifest.files,
+                    )
+            except (RunError, EngineError) as error:
+                run.log.error("snapshot not usable", seq=seq, error=error.message)
+                continue
+            run.order.rewind(seq)
+            self._publisher.snapshot_at = self._publisher.changed_at = seq
+            self._publisher.numerics = dict(manifest.fingerprint)
+            self._placement.put(host, life)
+            run.log.info("restored", position=seq, to=self._to)
+            return False
+        if points:
+            self._stop(
+                "state_lost",
+                f"none of the snapshots of run {run.key} can be read any more; create a new "
+                "client from its last checkpoint",
+            )
+            return False
+        run.order.rewind(-1)
+        self._placement.put(host, life)
+        return False
+
+    async def redo(self, entry: Entry) -> None:
+        """Bring a settled operation's effect about again."""
+        run = self._run
+        changes = entry.kind in bodies.CHANGES_STATE
+        if entry.state is State.SKIPPED or not changes:
+            return
+        record = await run.services.catalog.read(lambda c: journal.record(c, run.key, entry.seq))
+        run.note = f"recovering, operation {entry.seq} of {self._to}"
+        if entry.state is State.FAILED:
+            await self._redo_failure(entry, record)
+            return
+        assert record.body is not None
+        match entry.kind:
+            case bodies.CREATE:
+                await self._driver.create(
+                    bodies.config_from_json(Create.decode(record.body).config)
+                )
+            case bodies.CREATE_FROM_STATE:
+                await self._reload(entry, CreateFromState.decode(record.body))
+            case bodies.LOAD_WEIGHTS:
+                await self._reload(entry, Load.decode(record.body))
+            case _:
+                started = time.monotonic()
+                result = await self._driver.compute(entry, record.body)
+                self._publisher.computed += time.monotonic() - started
+                if journal.digest(result) != record.result_hash:
+                    self._diverged(entry)
+
+    async def passed(self) -> None:
+        """An operation was replayed. At the end of a recovery, keep what it has brought."""
+        if self._run.order.position != self._to:
+            return
+        self._deaths = 0
+        if self._publisher.due or self._other_numerics:
+            await self._publisher.snapshot()
+
+    async def apply_late_marks(self) -> None:
+        """Mark the gradients for forward_backwards that came after they had been skipped."""
+        run = self._run
+        for seq in run.order.late_marks():
+            if seq not in self._marked and self._placement.held:
+                engine, _ = await self._placement.engine()
+                await engine.mark_incomplete(
+                    self._placement.key,
+                    seq,
+                    f"request {seq} came after the run had gone on without it",
+                )
+                self._marked.add(seq)
+
+    def died(self) -> None:
+        """The worker died during a replay; after too many times the run stops."""
+        self._deaths += 1
+        if self._deaths >= MOST_DEATHS:
+            self._stop(
+                "recovery_failed",
+                f"the worker died {self._deaths} times while run {self._run.key} was being "
+                "recovered; create a new client from its last checkpoint",
+            )
+
+    async def _reload(self, entry: Entry, body: Load | CreateFromState) -> None:
+        _, manifest = await loading.resolve(self._run, entry, body)
+        config = loading.check(self._run, manifest, body)
+        await self._driver.restore(manifest, config, body)
+
+    async def _redo_failure(self, entry: Entry, record: Record) -> None:
+        assert record.failure is not None
+        engine, _ = await self._placement.engine()
+        if entry.kind == bodies.FORWARD_BACKWARD:
+            await engine.mark_incomplete(self._placement.key, entry.seq, record.failure.message)
+        elif entry.kind == bodies.OPTIM_STEP and record.failure.code in CLEARING:
+            assert record.body is not None
+            with suppress(EngineError):
+                await self._driver.compute(entry, record.body)
+                self._diverged(entry)
+
+    @property
+    def _other_numerics(self) -> bool:
+        host = self._placement.host
+        assert host is not None and host.info is not None
+        return self._publisher.numerics != dict(host.info.fingerprint)
+
+    def _diverged(self, entry: Entry) -> None:
+        if self._other_numerics:
+            self._run.log.warning("replay differs under other numerics", seq=entry.seq)
+            return
+        self._stop(
+            "replay_diverged",
+            f"replaying request {entry.seq} of run {self._run.key} gave another result than the "
+            "first time, on the same software and device: its state cannot be trusted. Create a "
+            "new client from its last checkpoint",
+        )
+
+    def _stop(self, code: str, message: str) -> None:
+        self._run.end(Failure(code, message, "server"))
