@@ -19,7 +19,7 @@ from holdfast.engine.payload import (
 from holdfast.protocol import samples
 from holdfast.protocol.batches import BatchRequest, BatchResult
 from holdfast.protocol.data import text_tokens
-from holdfast.protocol.errors import InvalidTensorError
+from holdfast.protocol.errors import InvalidMessageError, InvalidTensorError
 from holdfast.protocol.sampling import SampleRequest as WireSampleRequest
 from holdfast.protocol.tensors import Tensor
 
@@ -37,8 +37,8 @@ def batch_body(request: BatchRequest) -> bytes:
                 name: tensor.to_numpy(max_elements=MOST_ELEMENTS)
                 for name, tensor in datum.loss_fn_inputs.items()
             }
-        except InvalidTensorError as error:
-            raise InvalidTensorError(f"datum {index}: {error.message}") from None
+        except (InvalidMessageError, InvalidTensorError) as error:
+            raise type(error)(f"datum {index}: {error.message}") from None
         data.append(Datum(tokens, inputs))
     return Batch(data, request.loss_fn, request.loss_fn_config).encode()
 
