@@ -15,7 +15,6 @@ from holdfast.store.errors import (
     storage_errors,
 )
 from holdfast.store.model import Blob, Manifest, check_id
-from holdfast.store.records import file_name
 from holdfast.store.transfer import verify_file
 
 
@@ -67,8 +66,6 @@ class _Audit:
         record = self._disk.read_record(entry)
         if record is None:
             return
-        if file_name(record.key) != entry:
-            raise CorruptName(f"{path} is the record of another name, {record.key}", path)
         manifest = self._disk.read_manifest("manifests", record.manifest)
         if manifest is None:
             if self._disk.read_record(entry) == record:

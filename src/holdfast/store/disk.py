@@ -25,6 +25,7 @@ from uuid import uuid4
 
 from holdfast.store.errors import (
     CorruptManifest,
+    CorruptName,
     IOFailed,
     NotAStore,
     UnsupportedFormat,
@@ -38,7 +39,7 @@ from holdfast.store.model import (
     content_hash,
     parse_json,
 )
-from holdfast.store.records import MAX_RECORD, NameRecord
+from holdfast.store.records import MAX_RECORD, NameRecord, file_name
 
 STORE_VERSION = 1
 """Of the layout above."""
@@ -75,10 +76,14 @@ class Disk:
         """Held while a name is read and then moved; taken inside `changing`."""
         return self.files.lock(self.path("names.lock"), exclusive=True)
 
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Turns an OSError into the store's error, saying what was being done and where."""
+        return storage_errors(f"{what} in the store {self.root}")
+
     @contextmanager
     def temporary(self, doing: str) -> Iterator[tuple[WriteFile, str]]:
         """A new file under tmp and its path; gone at the end unless it was moved."""
-        with storage_errors(doing):
+        with self.doing(doing):
             path = self.path("tmp", uuid4().hex)
             with self.changing():
                 file = self.files.create(path)
@@ -102,10 +107,21 @@ class Disk:
         Syncs also when it was gone: whoever removed it may not have lived to do so.
         """
         there = self.unlink(self.path(directory, entry))
-        if not there and directory in self._suspect:
+        if there:
+            self.sync_dir(directory)
+        else:
+            self.settle(directory)
+        return there
+
+    def settle(self, directory: str) -> None:
+        """Make durable what others have done to a directory, and may not have lived to sync.
+
+        After a failed sync of the directory this cannot be known, since a second one may succeed
+        without having written what the first one lost.
+        """
+        if directory in self._suspect:
             raise IOFailed(f"{self.path(directory)}: an earlier sync failed, reopen the store")
         self.sync_dir(directory)
-        return there
 
     def unlink(self, path: str) -> bool:
         """Whether it was there."""
@@ -129,14 +145,19 @@ class Disk:
                     self.unlink(self.path("fresh", entry))
 
     def list(self, directory: str) -> list[str]:
-        with storage_errors(f"listing {self.path(directory)}"):
+        with self.doing(f"listing {directory}"):
             return self.files.list(self.path(directory))
 
     def read_record(self, entry: str) -> NameRecord | None:
         """The name record in file `entry`, None when there is none, or CorruptName."""
         path = self.path("names", entry)
         data = self.read_small(path, MAX_RECORD)
-        return None if data is None else NameRecord.decode(data, path)
+        if data is None:
+            return None
+        record = NameRecord.decode(data, path)
+        if file_name(record.key) != entry:
+            raise CorruptName(f"{path} is the record of another name, {record.key}", path)
+        return record
 
     def read_manifest(self, directory: str, manifest_id: str) -> Manifest | None:
         """The verified manifest in `directory`, None when it is not there, or CorruptManifest."""

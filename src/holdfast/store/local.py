@@ -83,7 +83,7 @@ class LocalStore(Store):
 
     def has_blob(self, blob: Blob) -> bool:
         path = self._blob_path(blob)
-        with storage_errors(f"looking for {path}"):
+        with self._disk.doing(f"looking for blob {blob.hash}"):
             status = self._files.stat(path)
         return status is not None and status.is_file and status.size == blob.size
 
@@ -125,14 +125,14 @@ class LocalStore(Store):
 
     def discard(self, manifest_id: str) -> bool:
         check_id(manifest_id)
-        with storage_errors(f"discarding manifest {manifest_id}"):
+        with self._disk.doing(f"discarding manifest {manifest_id}"):
             return self._disk.remove_durably("unnamed", manifest_id)
 
     @contextmanager
     def pin(self, manifest_id: str) -> Iterator[Manifest]:
         check_id(manifest_id)
         path = self._disk.path("pins", f"{manifest_id}.{uuid4().hex}")
-        with storage_errors(f"pinning manifest {manifest_id}"), self._disk.changing():
+        with self._disk.doing(f"pinning manifest {manifest_id}"), self._disk.changing():
             manifest = self.read_manifest(manifest_id)
             lock = self._files.create(path)
         try:
@@ -190,7 +190,7 @@ class LocalStore(Store):
     def delete_name(self, key: NameKey) -> bool:
         entry = file_name(key)
         with (
-            storage_errors(f"deleting the name {key}"),
+            self._disk.doing(f"deleting the name {key}"),
             self._disk.changing(),
             self._disk.naming(),
         ):
@@ -215,7 +215,7 @@ class LocalStore(Store):
     # Looking after it
 
     def sweep(self) -> SweepReport:
-        with storage_errors(f"sweeping the store {self._disk.root}"):
+        with self._disk.doing("sweeping"):
             return self._sweeper.sweep()
 
     def verify(self, manifest_id: str | None = None) -> VerifyReport:

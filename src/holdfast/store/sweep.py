@@ -109,11 +109,11 @@ class Sweeper:
         # What refers goes first, and durably: it must not come back alone after a loss of power.
         self._unlink(ripe, "pins", "tmp", "fresh", "names")
         if "manifests" in ripe:
-            self._disk.sync_dir("names")
+            self._disk.settle("names")
             self._unlink(ripe, "manifests")
         if "blobs" in ripe:
-            self._disk.sync_dir("manifests")
-            self._disk.sync_dir("unnamed")
+            self._disk.settle("manifests")
+            self._disk.settle("unnamed")
             self._unlink(ripe, "blobs")
         for paths in ripe.values():
             for path in paths:

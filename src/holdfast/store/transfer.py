@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from queue import Queue
+from threading import Thread
 
 from blake3 import blake3
 
@@ -10,58 +12,94 @@ from holdfast.store.errors import CorruptBlob
 from holdfast.store.files import ReadFile, WriteFile
 from holdfast.store.model import Blob
 
-CHUNK = 4 << 20
+CHUNK = 2 << 20
 """Bytes written, read and hashed at a time."""
+
+_INLINE = 8 << 20
+"""Bytes after which hashing moves to a thread of its own; before, starting one costs more."""
+
+_AHEAD = 4
+"""Chunks that may wait to be hashed."""
 
 
 def write_hashed(file: WriteFile, parts: Iterable[bytes | memoryview]) -> Blob:
     """Write all parts and return what they are."""
-    hasher = blake3(max_threads=blake3.AUTO)
     size = 0
-    for piece in _chunks(parts):
-        hasher.update(piece)
-        file.write(piece)
-        size += len(piece)
+    with _Hasher(blake3.AUTO) as hasher:
+        for piece in _chunks(parts):
+            hasher.update(piece)
+            file.write(piece)
+            size += len(piece)
     return Blob(hasher.hexdigest(), size)
 
 
 def read_verified(file: ReadFile, blob: Blob, buffer: memoryview, what: str, path: str) -> None:
     """Fill `buffer` with the blob's bytes; CorruptBlob unless size and hash are right."""
-    check_size(file, blob, what, path)
-    hasher = blake3(max_threads=blake3.AUTO)
-    for start in range(0, blob.size, CHUNK):
-        piece = buffer[start : start + CHUNK]
-        if file.readinto(piece) != len(piece):
-            raise CorruptBlob(f"{what}: {path} ended early while it was read", path)
-        hasher.update(piece)
-    check_hash(hasher.hexdigest(), blob, what, path)
+    pieces = (buffer[start : start + CHUNK] for start in range(0, blob.size, CHUNK))
+    _read(file, blob, pieces, what, path)
 
 
 def verify_file(file: ReadFile, blob: Blob, what: str, path: str) -> None:
     """Like `read_verified`, keeping nothing."""
-    check_size(file, blob, what, path)
-    hasher = blake3(max_threads=blake3.AUTO)
-    buffer = memoryview(bytearray(min(CHUNK, blob.size)))
-    left = blob.size
-    while left:
-        piece = buffer[: min(left, CHUNK)]
-        if file.readinto(piece) != len(piece):
-            raise CorruptBlob(f"{what}: {path} ended early while it was read", path)
-        hasher.update(piece)
-        left -= len(piece)
-    check_hash(hasher.hexdigest(), blob, what, path)
+    # One more than can be waiting, being hashed and being read at a time.
+    buffers = [memoryview(bytearray(min(CHUNK, blob.size))) for _ in range(_AHEAD + 3)]
+    pieces = (
+        buffers[start // CHUNK % len(buffers)][: blob.size - start]
+        for start in range(0, blob.size, CHUNK)
+    )
+    _read(file, blob, pieces, what, path)
 
 
-def check_size(file: ReadFile, blob: Blob, what: str, path: str) -> None:
+def _read(file: ReadFile, blob: Blob, pieces: Iterable[memoryview], what: str, path: str) -> None:
     if file.size != blob.size:
         raise CorruptBlob(
             f"{what} is damaged: {path} has {file.size} bytes, {blob.size} were saved", path
         )
-
-
-def check_hash(found: str, blob: Blob, what: str, path: str) -> None:
-    if found != blob.hash:
+    with _Hasher(blake3.AUTO if blob.size > _INLINE else 1) as hasher:
+        for piece in pieces:
+            if file.readinto(piece) != len(piece):
+                raise CorruptBlob(f"{what}: {path} ended early while it was read", path)
+            hasher.update(piece)
+    if (found := hasher.hexdigest()) != blob.hash:
         raise CorruptBlob(f"{what} is damaged: the bytes of {path} have the hash {found}", path)
+
+
+class _Hasher:
+    """blake3 beside the caller's work: on a thread of its own once it pays.
+
+    A piece must not change before the context ends, or `_AHEAD` + 2 later pieces were given.
+    """
+
+    def __init__(self, max_threads: int) -> None:
+        self._hasher = blake3(max_threads=max_threads)
+        self._inline = 0
+        self._queue: Queue[memoryview | None] | None = None
+
+    def update(self, piece: memoryview) -> None:
+        if self._inline < _INLINE:
+            self._inline += len(piece)
+            self._hasher.update(piece)
+            return
+        if self._queue is None:
+            self._queue = Queue(_AHEAD)
+            self._thread = Thread(target=self._work, args=(self._queue,), name="blake3")
+            self._thread.start()
+        self._queue.put(piece)
+
+    def hexdigest(self) -> str:
+        return self._hasher.hexdigest()
+
+    def __enter__(self) -> _Hasher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._queue is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _work(self, queue: Queue[memoryview | None]) -> None:
+        while (piece := queue.get()) is not None:
+            self._hasher.update(piece)
 
 
 def _chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
