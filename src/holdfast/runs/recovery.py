@@ -160,7 +160,7 @@ class Recovery:
         assert record.failure is not None
         engine, _ = await self._placement.engine()
         if entry.kind == bodies.FORWARD_BACKWARD:
-            # In the engine's own words: a mark is part of the state, so a replay must give it alike.
+            # In the engine's words: a mark is part of the state, a replay must give it alike.
             message = f"forward_backward {entry.seq} failed: {record.failure.message}"
             await engine.mark_incomplete(self._placement.key, entry.seq, message)
         elif entry.kind == bodies.OPTIM_STEP and record.failure.code in CLEARING:
