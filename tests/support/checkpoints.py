@@ -56,3 +56,15 @@ def as_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)
+
+
+def without_optimizer(server: ServerProcess, path: str, name: str) -> str:
+    """Store a copy of the training checkpoint at `path` that has no optimizer state; its path."""
+    key = key_of(path)
+    copy = NameKey(key.run, key.kind, name)
+    manifest = server.manifest(path)
+    files = {file: blob for file, blob in manifest.files.items() if "optimizer" not in file}
+    with server.store() as store:
+        changed = dataclasses.replace(manifest, name=name, files=files, optimizer=None)
+        store.set_name(copy, store.publish(changed))
+    return f"tinker://{copy}"
