@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import structlog
 import uvicorn
@@ -18,6 +20,7 @@ from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
 from holdfast.engine.interface import Worker
 from holdfast.engine.process import WorkerProcess
 from holdfast.runs.engines import StartEngine
+from holdfast.runs.service import Runs
 from holdfast.server.app import create_app
 from holdfast.server.auth import Keys
 from holdfast.server.settings import Settings
@@ -58,10 +61,28 @@ def serve(settings: Settings) -> None:
                 timeout_keep_alive=75,
                 lifespan="on",
             )
-            uvicorn.Server(config).run(sockets=[listening])
+            _Server(config, app.state.context.runs).run(sockets=[listening])
         finally:
             store.close()
             catalog.close()
+
+
+class _Server(uvicorn.Server):
+    """Tells the runs at the first signal, so that held polls do not hold up the end."""
+
+    def __init__(self, config: uvicorn.Config, runs: Runs) -> None:
+        super().__init__(config)
+        self._runs = runs
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._runs.begin_stop)
+        super().handle_exit(sig, frame)
 
 
 def _starter(settings: Settings) -> StartEngine:
