@@ -19,7 +19,13 @@ _MAX_SHOWN = 3
 class Body(BaseModel):
     """A JSON object: null means absent, unknown keys are ignored, nothing is coerced from text."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="ignore",
+        strict=True,
+        frozen=True,
+        protected_namespaces=(),
+        defer_build=True,
+    )
 
     @model_validator(mode="before")
     @classmethod
