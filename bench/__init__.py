@@ -1,0 +1,1 @@
+"""Benchmarks: programs that print measurements, with ratios taken in one run."""
