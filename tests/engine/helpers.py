@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from holdfast.engine.base import Base, load_base, quiet
+from holdfast.engine.core import Core
 from holdfast.engine.interface import AdamParams, LoraConfig, RunConfig
 from holdfast.engine.payload import Batch, Datum
 from holdfast.engine.plan import plan
@@ -150,9 +151,11 @@ class PlainLoop:
             columns = targets.view(len(targets), -1)
             found = torch.log_softmax(real, -1).gather(1, columns).view(targets.shape)
             loss = -(weights * found).sum()
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.item()
-            for index, piece in zip(part.indices, found.split(list(part.lengths)), strict=True):
+            for index, piece in zip(
+                part.indices, torch.split(found, list(part.lengths)), strict=True
+            ):
                 logprobs[index] = piece.detach()
         for name, parameter in self.parameters.items():
             earlier = before[name]
@@ -176,3 +179,9 @@ class PlainLoop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
+
+
+def named_weights(core: Core, run: str) -> dict[str, Tensor]:
+    """A run's LoRA weights by PEFT's names; views."""
+    state = core._runs[run]
+    return dict(zip(state.layout.names, state.layout.views(state.weights), strict=True))

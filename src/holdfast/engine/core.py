@@ -180,7 +180,7 @@ class Core:
         """Sample from the base model, or from it with an adapter's files."""
         try:
             request = SampleRequest.decode(body)
-        except (PayloadError, KeyError, TypeError) as error:
+        except PayloadError as error:
             raise EngineError(
                 "invalid_sample_request", f"The request cannot be read: {error}"
             ) from error

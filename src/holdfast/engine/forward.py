@@ -93,7 +93,7 @@ class _TargetLogprobs(torch.autograd.Function):
         (grad_TK,) = grads
         logprobs_TV = ctx.logprobs_TV
         ctx.logprobs_TV = None
-        grad_TV = torch.zeros_like(logprobs_TV)
+        grad_TV = torch.empty_like(logprobs_TV).zero_()  # zeros_like would fault in fresh pages
         if targets_TK.shape[1] == 1:
             grad_TV.scatter_(1, targets_TK, grad_TK)
         elif grad_TV.device.type == "cpu":
@@ -120,69 +120,62 @@ def logits_blocks(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Logits of a micro-batch, block by block: (start, stop, [stop - start, V]).
 
-    `tokens` are those of all the operation's sequences. Without gradients.
+    `tokens` are those of all the operation's sequences; rows are those of B * W. Without
+    gradients.
     """
     tokens_BW = _padded(part, tokens, network.device)
-    rows = _rows(part, network.device)
     if not network.splits:
-        _refuse_long(part)
-        logits_BWV = network.whole(tokens_BW)
-        yield 0, part.tokens, _packed(logits_BWV, rows)
+        yield (*_only_block(part), _flat(network.whole(tokens_BW)))
         return
-    packed_TH = _packed(network.trunk(tokens_BW), rows)
+    hidden_TH = _flat(network.trunk(tokens_BW))
     for start, stop in part.blocks:
-        yield start, stop, network.head(packed_TH[None, start:stop])[0]
+        yield start, stop, network.head(hidden_TH[None, start:stop])[0]
 
 
 def forward(network: Network, part: MicroBatch, batch: CheckedBatch) -> tuple[Tensor, float]:
     """Log-probabilities [T, K] of a micro-batch's targets and its loss; no gradients."""
-    targets_TK, inputs = _targets(part, batch, network.device)
-    logprobs = []
-    loss = 0.0
+    targets = _Targets(part, batch, network.device)
     with torch.no_grad():
         tokens = [sequence.tokens for sequence in batch.sequences]
         for start, stop, logits_TV in logits_blocks(network, part, tokens):
-            block_TK = log_softmax_(logits_TV).gather(1, targets_TK[start:stop])
-            block_inputs = {name: value[start:stop] for name, value in inputs.items()}
-            loss += float(batch.loss.function(block_TK, block_inputs))
-            logprobs.append(block_TK)
-    return torch.cat(logprobs), loss
+            logprobs_TK = log_softmax_(logits_TV).gather(1, targets.tokens[start:stop])
+            targets.loss(logprobs_TK, start, stop)
+    return targets.results()
 
 
 def forward_backward(
     network: Network, part: MicroBatch, batch: CheckedBatch
 ) -> tuple[Tensor, float]:
-    """As `forward`, and the loss's gradients are added to the bound parameters' `.grad`."""
-    targets_TK, inputs = _targets(part, batch, network.device)
-    tokens_BW = _padded(part, [s.tokens for s in batch.sequences], network.device)
-    rows = _rows(part, network.device)
+    """As `forward`, and the loss's gradients are added to the bound parameters' `.grad`.
 
-    def backward(logits_TV: Tensor, start: int, stop: int) -> tuple[Tensor, float]:
-        block_TK = cast(Tensor, _TargetLogprobs.apply(logits_TV, targets_TK[start:stop]))  # type: ignore[no-untyped-call]
-        block_inputs = {name: value[start:stop] for name, value in inputs.items()}
-        loss = batch.loss.function(block_TK, block_inputs)
-        torch.autograd.backward(loss)
-        return block_TK.detach(), loss.item()
+    The head's gradients go block by block into those of the hidden states, and these then once
+    through the trunk.
+    """
+    targets = _Targets(part, batch, network.device)
+    tokens_BW = _padded(part, [s.tokens for s in batch.sequences], network.device)
+
+    def backward(logits_TV: Tensor, start: int, stop: int) -> None:
+        wanted = targets.tokens[start:stop]
+        logprobs = _TargetLogprobs.apply(logits_TV, wanted)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(targets.loss(cast(Tensor, logprobs), start, stop))
 
     if not network.splits:
-        _refuse_long(part)
-        return backward(_packed(network.whole(tokens_BW), rows), 0, part.tokens)
+        start, stop = _only_block(part)
+        backward(_flat(network.whole(tokens_BW)), start, stop)
+        return targets.results()
 
     hidden_BWH = network.trunk(tokens_BW)
-    packed_TH = _packed(hidden_BWH.detach(), rows)
-    grads, logprobs = [], []
-    total = 0.0
+    hidden_TH = _flat(hidden_BWH.detach())
+    grads = []
     for start, stop in part.blocks:
-        block_TH = packed_TH[start:stop].requires_grad_(hidden_BWH.requires_grad)
-        block_TK, loss = backward(network.head(block_TH[None])[0], start, stop)
-        total += loss
-        logprobs.append(block_TK)
+        block_TH = hidden_TH[start:stop].requires_grad_(hidden_BWH.requires_grad)
+        backward(network.head(block_TH[None])[0], start, stop)
         if block_TH.grad is not None:
             grads.append(block_TH.grad)
     if hidden_BWH.requires_grad:
         grad_TH = grads[0] if len(grads) == 1 else torch.cat(grads)
-        torch.autograd.backward(hidden_BWH, _unpacked(grad_TH, rows, hidden_BWH))
-    return torch.cat(logprobs), total
+        torch.autograd.backward(hidden_BWH, grad_TH.view_as(hidden_BWH))
+    return targets.results()
 
 
 def split_rows(part: MicroBatch, values: Tensor) -> dict[int, Tensor]:
@@ -198,56 +191,71 @@ def _padded(part: MicroBatch, tokens: Sequence[Tensor], device: torch.device) ->
     return tokens_BW.to(device)
 
 
-def _rows(part: MicroBatch, device: torch.device) -> Tensor | None:
-    """Where the real tokens are among B * W, or None when there is no padding."""
-    if not part.padded:
-        return None
-    pieces = [
-        torch.arange(row * part.width, row * part.width + length)
-        for row, length in enumerate(part.lengths)
-    ]
-    return torch.cat(pieces).to(device)
+class _Targets:
+    """A micro-batch's targets and loss inputs, and what has been computed of them so far.
+
+    Sequences of fewer targets than K get targets of weight 0 beside them; padding has no part in
+    the loss.
+    """
+
+    def __init__(self, part: MicroBatch, batch: CheckedBatch, device: torch.device) -> None:
+        sequences = [batch.sequences[index] for index in part.indices]
+        width = max(1 if s.targets.ndim == 1 else s.targets.shape[1] for s in sequences)
+
+        def column(value: Tensor) -> Tensor:
+            value = value.view(len(value), -1)
+            missing = width - value.shape[1]
+            return nn.functional.pad(value, (0, missing)) if missing else value
+
+        self.rows: Tensor | None = None
+        """Where the real tokens are among B * W, or None when there is no padding."""
+        targets_TK = torch.cat([column(s.targets) for s in sequences])
+        if part.padded:
+            starts = [row * part.width for row in range(len(part.lengths))]
+            self.rows = torch.cat(
+                [torch.arange(s, s + n) for s, n in zip(starts, part.lengths, strict=True)]
+            )
+            padded = torch.zeros(len(starts) * part.width, width, dtype=torch.int64)
+            targets_TK = padded.index_copy_(0, self.rows, targets_TK)
+            self.rows = self.rows.to(device)
+        self.tokens = targets_TK.to(device)
+        """int64 [B * W, K]"""
+        self._function = batch.loss.function
+        self._inputs = {
+            name: torch.cat([column(s.inputs[name]) for s in sequences]).to(device)
+            for name in sequences[0].inputs
+        }
+        self._logprobs: list[Tensor] = []
+        self._loss = 0.0
+
+    def loss(self, logprobs_TK: Tensor, start: int, stop: int) -> Tensor:
+        """The loss of a block of rows, given its log-probabilities."""
+        inputs = self._inputs
+        if self.rows is not None:  # One block, then.
+            logprobs_TK = logprobs_TK.index_select(0, self.rows)
+        else:
+            inputs = {name: value[start:stop] for name, value in inputs.items()}
+        loss = self._function(logprobs_TK, inputs)
+        self._logprobs.append(logprobs_TK.detach())
+        self._loss += loss.item()
+        return loss
+
+    def results(self) -> tuple[Tensor, float]:
+        """Log-probabilities [T, K] without padding, and the loss of all blocks."""
+        logprobs = self._logprobs
+        return logprobs[0] if len(logprobs) == 1 else torch.cat(logprobs), self._loss
 
 
-def _packed(values_BWX: Tensor, rows: Tensor | None) -> Tensor:
-    flat = values_BWX.reshape(-1, values_BWX.shape[-1])
-    return flat if rows is None else flat.index_select(0, rows)
+def _flat(values_BWX: Tensor) -> Tensor:
+    return values_BWX.reshape(-1, values_BWX.shape[-1])
 
 
-def _unpacked(grad_TH: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    if rows is None:
-        return grad_TH.view_as(like)
-    flat = torch.zeros(like.shape[0] * like.shape[1], like.shape[2], dtype=like.dtype).to(
-        like.device
-    )
-    flat[rows] = grad_TH
-    return flat.view_as(like)
-
-
-def _targets(
-    part: MicroBatch, batch: CheckedBatch, device: torch.device
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Targets and inputs as [T, K]; sequences of fewer targets than K get targets of weight 0."""
-    sequences = [batch.sequences[index] for index in part.indices]
-    width = max(1 if s.targets.ndim == 1 else s.targets.shape[1] for s in sequences)
-
-    def column(value: Tensor) -> Tensor:
-        value = value.view(len(value), -1)
-        missing = width - value.shape[1]
-        return nn.functional.pad(value, (0, missing)) if missing else value
-
-    targets = torch.cat([column(s.targets) for s in sequences])
-    inputs = {
-        name: torch.cat([column(s.inputs[name]) for s in sequences]).to(device)
-        for name in sequences[0].inputs
-    }
-    return targets.to(device), inputs
-
-
-def _refuse_long(part: MicroBatch) -> None:
+def _only_block(part: MicroBatch) -> tuple[int, int]:
+    """The block of a model whose head cannot be split."""
     if len(part.blocks) > 1:
         raise EngineError(
             "sequence_too_long",
             f"A sequence of {part.width} tokens is longer than the token budget, and this base "
             "model's head cannot be run in blocks; shorten the sequence or raise the budget.",
         )
+    return part.blocks[0]

@@ -7,7 +7,8 @@ document's metadata. Equal content gives equal bytes, so a body's hash identifie
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,20 +57,21 @@ class Batch:
 
     @classmethod
     def decode(cls, data: bytes) -> Batch:
+        """Raises PayloadError."""
         meta, tensors = _decode("holdfast.batch.1", data)
-        tokens: list[Array | None] = [None] * meta["count"]
-        inputs: list[dict[str, Array]] = [{} for _ in range(meta["count"])]
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            if name == "tokens":
-                tokens[int(index)] = value
-            else:
-                inputs[int(index)][name.removeprefix("inputs.")] = value
-        return cls(
-            data=[Datum(t, i) for t, i in zip(tokens, inputs, strict=True) if t is not None],
-            loss_fn=meta["loss_fn"],
-            loss_fn_config=meta["loss_fn_config"],
-        )
+        with _well_formed("holdfast.batch.1"):
+            rows = _by_index(meta["count"], tensors)
+            return cls(
+                data=[
+                    Datum(
+                        row.pop("tokens"),
+                        {_without("inputs.", name): value for name, value in row.items()},
+                    )
+                    for row in rows
+                ],
+                loss_fn=meta["loss_fn"],
+                loss_fn_config=dict(meta["loss_fn_config"]),
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,10 @@ class ForwardOutput:
 
     @classmethod
     def decode(cls, data: bytes) -> ForwardOutput:
+        """Raises PayloadError."""
         meta, tensors = _decode("holdfast.forward.1", data)
-        outputs: list[dict[str, Array]] = [{} for _ in range(meta["count"])]
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            outputs[int(index)][name] = value
-        return cls(outputs, meta["metrics"])
+        with _well_formed("holdfast.forward.1"):
+            return cls(_by_index(meta["count"], tensors), dict(meta["metrics"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +134,14 @@ class SampleRequest:
 
     @classmethod
     def decode(cls, data: bytes) -> SampleRequest:
+        """Raises PayloadError."""
         meta, tensors = _decode("holdfast.sample_request.1", data)
-        return cls(
-            prompt=tensors["prompt"],
-            target_prompt_tokens=tensors.get("target_prompt_tokens"),
-            **meta,
-        )
+        with _well_formed("holdfast.sample_request.1"):
+            return cls(
+                prompt=tensors["prompt"],
+                target_prompt_tokens=tensors.get("target_prompt_tokens"),
+                **meta,
+            )
 
 
 _SAMPLE_TENSORS = ("prompt", "target_prompt_tokens")
@@ -194,22 +196,41 @@ class SampleOutput:
 
     @classmethod
     def decode(cls, data: bytes) -> SampleOutput:
+        """Raises PayloadError."""
         meta, tensors = _decode("holdfast.sample.1", data)
-        return cls(
-            sequences=[
-                SampledSequence(
-                    tensors[f"{i}.tokens"],
-                    tensors[f"{i}.logprobs"],
-                    reason,
-                    _get_topk(tensors, f"{i}.topk"),
-                )
-                for i, reason in enumerate(meta["stop_reasons"])
-            ],
-            prompt_logprobs=tensors.get("prompt_logprobs"),
-            target_prompt_logprobs=tensors.get("target_prompt_logprobs"),
-            topk_prompt=_get_topk(tensors, "topk_prompt"),
-            prompt_alt=_get_topk(tensors, "prompt_alt"),
-        )
+        with _well_formed("holdfast.sample.1"):
+            return cls(
+                sequences=[
+                    SampledSequence(
+                        tensors[f"{i}.tokens"],
+                        tensors[f"{i}.logprobs"],
+                        reason,
+                        _get_topk(tensors, f"{i}.topk"),
+                    )
+                    for i, reason in enumerate(meta["stop_reasons"])
+                ],
+                prompt_logprobs=tensors.get("prompt_logprobs"),
+                target_prompt_logprobs=tensors.get("target_prompt_logprobs"),
+                topk_prompt=_get_topk(tensors, "topk_prompt"),
+                prompt_alt=_get_topk(tensors, "prompt_alt"),
+            )
+
+
+def _by_index(count: int, tensors: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """Tensors named `index.name` as one mapping per index."""
+    rows: list[dict[str, Array]] = [{} for _ in range(count)]
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        if not (index.isdecimal() and int(index) < count and name):
+            raise ValueError(f"the tensor {key!r} belongs to none of {count} entries")
+        rows[int(index)][name] = value
+    return rows
+
+
+def _without(prefix: str, name: str) -> str:
+    if not name.startswith(prefix):
+        raise ValueError(f"the tensor name {name!r} does not begin with {prefix!r}")
+    return name.removeprefix(prefix)
 
 
 def _put_topk(tensors: dict[str, Array], key: str, value: TopK | None) -> None:
@@ -222,6 +243,17 @@ def _get_topk(tensors: Mapping[str, Array], key: str) -> TopK | None:
     if f"{key}.tokens" not in tensors:
         return None
     return TopK(tensors[f"{key}.tokens"], tensors[f"{key}.logprobs"])
+
+
+@contextmanager
+def _well_formed(kind: str) -> Iterator[None]:
+    """Turn what goes wrong with a document's structure into PayloadError."""
+    try:
+        yield
+    except KeyError as error:
+        raise PayloadError(f"not a {kind} document: {error} is missing") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise PayloadError(f"not a {kind} document: {error}") from error
 
 
 def _encode(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
@@ -239,7 +271,7 @@ def _decode(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
     try:
         header_size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + header_size])
-        meta = json.loads(header["__metadata__"]["holdfast"])
+        meta = dict(json.loads(header["__metadata__"]["holdfast"]))
         tensors = load(data)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise PayloadError(f"not a {kind} document: {error}") from error

@@ -24,17 +24,13 @@ class MicroBatch:
     lengths: tuple[int, ...]
     """Tokens of each; the first is the longest."""
     blocks: tuple[tuple[int, int], ...]
-    """The head's row blocks, [start, stop) over the tokens of all sequences without padding."""
+    """The head's row blocks, [start, stop) over the padded tokens; several only for one sequence
+    that is longer than the budget."""
 
     @property
     def width(self) -> int:
         """The padded length."""
         return self.lengths[0]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return self.blocks[-1][1]
 
     @property
     def padded(self) -> bool:
@@ -55,7 +51,7 @@ def plan(lengths: Sequence[int], budget: int) -> list[MicroBatch]:
         count = max(1, budget // lengths[order[start]])
         indices = tuple(order[start : start + count])
         sizes = tuple(lengths[i] for i in indices)
-        batches.append(MicroBatch(indices, sizes, head_blocks(sum(sizes), budget)))
+        batches.append(MicroBatch(indices, sizes, head_blocks(len(sizes) * sizes[0], budget)))
         start += count
     return batches
 
