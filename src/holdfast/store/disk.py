@@ -2,7 +2,7 @@
 
     ROOT/holdfast-store.json   format marker
     ROOT/blobs/HASH            immutable bytes
-    ROOT/manifests/ID          manifests of named checkpoints
+    ROOT/manifests/ID          manifests of named checkpoints, and discarded ones
     ROOT/unnamed/ID            manifests without a name
     ROOT/names/RUN@KIND@NAME   name records
     ROOT/tmp/TOKEN             files being written, locked by their writer
@@ -101,17 +101,22 @@ class Disk:
             self._suspect.add(directory)
             raise
 
-    def remove_durably(self, directory: str, entry: str) -> bool:
-        """Unlink an entry and sync; whether it was there.
+    def remove_durably(self, directory: str, entry: str, *, to: str | None = None) -> bool:
+        """Unlink an entry, or move it to directory `to`, and sync; whether it was there.
 
         Syncs also when it was gone: whoever removed it may not have lived to do so.
         """
-        there = self.unlink(self.path(directory, entry))
-        if there:
-            self.sync_dir(directory)
-        else:
+        path = self.path(directory, entry)
+        try:
+            if to is None:
+                self.files.unlink(path)
+            else:
+                self.files.rename(path, self.path(to, entry))
+        except FileNotFoundError:
             self.settle(directory)
-        return there
+            return False
+        self.sync_dir(directory)
+        return True
 
     def settle(self, directory: str) -> None:
         """Make durable what others have done to a directory, and may not have lived to sync.

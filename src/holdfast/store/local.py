@@ -107,7 +107,7 @@ class LocalStore(Store):
 
     def read_manifest(self, manifest_id: str) -> Manifest:
         check_id(manifest_id)
-        for directory in ("manifests", "unnamed"):
+        for directory in ("unnamed", "manifests"):  # the way discarding moves them
             manifest = self._disk.read_manifest(directory, manifest_id)
             if manifest is not None:
                 return manifest
@@ -126,7 +126,8 @@ class LocalStore(Store):
     def discard(self, manifest_id: str) -> bool:
         check_id(manifest_id)
         with self._disk.doing(f"discarding manifest {manifest_id}"):
-            return self._disk.remove_durably("unnamed", manifest_id)
+            # Not unlinked: it may be pinned, and the blobs of a pinned manifest must stay.
+            return self._disk.remove_durably("unnamed", manifest_id, to="manifests")
 
     @contextmanager
     def pin(self, manifest_id: str) -> Iterator[Manifest]:
