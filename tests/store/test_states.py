@@ -363,6 +363,8 @@ COMMON = settings(
     deadline=None, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
 )
 TestOnACrashingDisk = CrashingStates.TestCase
-TestOnACrashingDisk.settings = settings(COMMON, max_examples=int(__import__('os').environ.get('N','100')))
+TestOnACrashingDisk.settings = settings(
+    COMMON, max_examples=int(__import__("os").environ.get("N", "100"))
+)
 TestOnALocalDisk = LocalStates.TestCase
 TestOnALocalDisk.settings = settings(COMMON, max_examples=5)

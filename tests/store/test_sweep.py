@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from holdfast.store import Blob, LocalStore, Manifest, MissingBlob, NameTaken, SweepReport
+from holdfast.store.files import LocalFiles
 from tests.store.model import Clock
 from tests.store.samples import WEIGHTS, key_of, manifest_of
 
@@ -109,16 +111,47 @@ def test_a_blob_that_nobody_published_goes_after_an_hour(swept: Swept) -> None:
         swept.store.publish(manifest_of({WEIGHTS: blob}))
 
 
-def test_putting_content_again_starts_its_time_anew(swept: Swept) -> None:
-    """Also when the mark is gone because another save of the same content was published."""
-    swept.store.discard(swept.save(b"same", name=None).id)
-    swept.sweep(70.0)
-    blob = swept.store.put_blob([b"same"])
-    swept.store.discard(swept.save(b"same", name=None).id)
+def test_a_name_that_is_set_again_starts_its_time_anew(swept: Swept) -> None:
+    swept.save(b"first", expires=swept.clock.wall - 1)
+    swept.sweep(0.0, HOUR - 1)
+    manifest = swept.save(b"second", expires=swept.clock.wall - 1)
+    assert swept.sweep(1.0, HOUR - 1).names == ()
+    assert swept.sweep(1.0).names == (key_of(manifest),)
+
+
+class Interrupted(LocalFiles):
+    """Something happens between a sweep's look at the store and its lock."""
+
+    def __init__(self) -> None:
+        self.between: Callable[[], object] = lambda: None
+
+    def lock(self, path: str, *, exclusive: bool) -> AbstractContextManager[object]:
+        if exclusive and path.endswith("sweep.lock"):
+            self.between()
+        return super().lock(path, exclusive=exclusive)
+
+
+def test_what_is_used_at_the_last_moment_stays(swept: Swept) -> None:
+    blob = swept.store.put_blob([b"x"])
+    swept.sweep(0.0, HOUR, 0.0)
+    assert swept.files() == {f"blobs/{blob.hash}"}
+    named, snapshot = manifest_of({WEIGHTS: blob}), manifest_of({WEIGHTS: blob}, name=None)
+    other = swept.store
+    files = Interrupted()
+    swept.store = LocalStore(swept.root, files=files, monotonic=lambda: swept.clock.monotonic)
+    swept.sweep(0.0)
+    files.between = lambda: other.publish(snapshot)
     assert swept.sweep(70.0).blobs == 0
-    swept.store.publish(manifest_of({WEIGHTS: blob}, name=None))
-    swept.sweep(*[70.0] * 4)
-    assert swept.store.has_blob(blob)
+    swept.store.publish(named)
+    swept.sweep(HOUR)
+    for entry in (swept.root / "fresh").iterdir():
+        entry.unlink()
+    files.between = lambda: None
+    swept.sweep(0.0)
+    files.between = lambda: other.set_name(key_of(named), named.id)
+    assert swept.sweep(70.0).manifests == 0
+    assert swept.store.verify().ok
+    assert swept.store.resolve(key_of(named)) == named.id
 
 
 def test_a_published_manifest_may_get_its_name_later(swept: Swept) -> None:
