@@ -57,7 +57,7 @@ class Checkpoints:
     """Saves, resolves, lists and changes checkpoints on behalf of an owner."""
 
     def __init__(self, store: Store, catalog: Catalog) -> None:
-        self._store = store
+        self.store = store
         self._catalog = catalog
 
     async def resolve(self, key: NameKey, readers: Sequence[str]) -> tuple[str, Manifest]:
@@ -66,7 +66,7 @@ class Checkpoints:
         `readers` are the owners on whose behalf it is read. Raises RunError when the checkpoint
         does not exist, has expired, or belongs to somebody else and is not public.
         """
-        manifest_id = await self._call(self._store.resolve, key)
+        manifest_id = await self._call(self.store.resolve, key)
         if manifest_id is None:
             raise _no_checkpoint(key)
         manifest = await self.manifest(manifest_id)
@@ -78,7 +78,7 @@ class Checkpoints:
 
     async def manifest(self, manifest_id: str) -> Manifest:
         """Read a manifest by its id, verified."""
-        return await self._call(self._store.read_manifest, manifest_id)
+        return await self._call(self.store.read_manifest, manifest_id)
 
     async def publish(self, manifest: Manifest, *, replace: bool = False) -> str:
         """Publish a manifest, durably, and give it its name if it has one; returns its id.
@@ -86,14 +86,14 @@ class Checkpoints:
         An unnamed manifest is a recovery point, kept until `discard`. A name that is taken raises
         RunError, unless `replace`, or the same request took it before a crash.
         """
-        manifest_id = await self._call(self._store.publish, manifest)
+        manifest_id = await self._call(self.store.publish, manifest)
         if manifest.name is None:
             return manifest_id
         key = NameKey(manifest.run, segment(manifest.kind), manifest.name)
         try:
             await self._call(self._name, key, manifest_id, replace)
         except NameTaken as taken:
-            earlier = await self._call(self._store.resolve, key)
+            earlier = await self._call(self.store.resolve, key)
             if earlier is None or not await self._same_request(earlier, manifest):
                 raise RunError(
                     "checkpoint_exists",
@@ -108,7 +108,7 @@ class Checkpoints:
 
     async def made_by(self, key: NameKey, request_id: str) -> str | None:
         """The manifest under a name if that request made it: its save was done before a crash."""
-        manifest_id = await self._call(self._store.resolve, key)
+        manifest_id = await self._call(self.store.resolve, key)
         if manifest_id is None:
             return None
         made = (await self.manifest(manifest_id)).request_id == request_id
@@ -117,12 +117,12 @@ class Checkpoints:
     async def discard(self, manifest_ids: Sequence[str]) -> None:
         """Let go of unnamed manifests."""
         for manifest_id in manifest_ids:
-            await self._call(self._store.discard, manifest_id)
+            await self._call(self.store.discard, manifest_id)
 
     async def delete(self, key: NameKey, owner: str) -> None:
         """Delete a name: hidden at once, its bytes go with the next sweeps."""
         await self._owned(key, owner)
-        await self._call(self._store.delete_name, key)
+        await self._call(self.store.delete_name, key)
         await self._catalog.write(lambda c: c.execute(checkpoints.delete().where(_row(key))))
 
     async def set_ttl(self, key: NameKey, owner: str, ttl_seconds: int | None) -> None:
@@ -171,7 +171,7 @@ class Checkpoints:
 
     async def reconcile(self) -> tuple[int, int]:
         """Make the index agree with the store; how many rows were added or changed, and removed."""
-        named = dict(await self._call(lambda: list(self._store.names(on_damage=_log_damage))))
+        named = dict(await self._call(lambda: list(self.store.names(on_damage=_log_damage))))
         rows = await self._catalog.read(
             lambda c: {
                 NameKey(r.run_id, r.kind, r.name): r.manifest
@@ -194,7 +194,7 @@ class Checkpoints:
 
     async def _amend(self, key: NameKey, owner: str, **changes: Any) -> None:
         await self._owned(key, owner)
-        manifest_id = await self._call(lambda: self._store.amend(key, **changes))
+        manifest_id = await self._call(lambda: self.store.amend(key, **changes))
         manifest = await self.manifest(manifest_id)
         await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
 
@@ -213,7 +213,7 @@ class Checkpoints:
         return manifest.request_id is not None and earlier.request_id == manifest.request_id
 
     def _name(self, key: NameKey, manifest_id: str, replace: bool) -> None:
-        self._store.set_name(key, manifest_id, replace=replace)
+        self.store.set_name(key, manifest_id, replace=replace)
 
     async def _call(self, call: Callable[..., T], *args: Any) -> T:
         try:

@@ -22,6 +22,7 @@ from holdfast.server.auth import Keys
 from holdfast.server.body_limit import BodyLimit
 from holdfast.server.context import Context
 from holdfast.server.routes import (
+    archives,
     checkpoints,
     futures,
     models,
@@ -84,6 +85,7 @@ def create_app(
         models,
         training,
         checkpoints,
+        archives,
         sampling,
         futures,
         training_runs,

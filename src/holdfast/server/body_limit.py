@@ -37,24 +37,34 @@ class BodyLimit:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
             await _drain(receive)
-            error = BodyTooLargeError(self._limit)
-            answer = refusal(413, error.message, error.code)
-            await answer(scope, receive, send)
-            scope["app"].state.body_refused(scope)
+            await self._refuse(scope, receive, send)
             return
         read = 0
+        exceeded = False
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal read, exceeded
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:
+                exceeded = True
                 await _drain(receive)
-                scope["app"].state.body_refused(scope)
                 raise BodyTooLargeError(self._limit)
             return message
 
-        await self._app(scope, counted, send)
+        async def answered(message: Message) -> None:
+            # Whatever the app makes of a body that ends in an error is not the answer.
+            if not exceeded:
+                await send(message)
+
+        await self._app(scope, counted, answered)
+        if exceeded:
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = BodyTooLargeError(self._limit)
+        await refusal(413, error.message, error.code)(scope, receive, send)
+        scope["app"].state.body_refused(scope)
 
 
 async def _drain(receive: Receive) -> None:

@@ -19,6 +19,8 @@ from holdfast.protocol.errors import (
     refusal_body,
 )
 from holdfast.runs.errors import Reason, RunError
+from holdfast.store import StoreError
+from holdfast.store import Unavailable as StoreUnavailable
 
 RETRY_AFTER = 1
 """Seconds after which a request that could not be taken now may come again."""
@@ -61,6 +63,15 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(CatalogUnavailable)
     async def unavailable(_request: Request, error: CatalogUnavailable) -> JSONResponse:
         return refusal(503, str(error), "catalog_unavailable", "server")
+
+    @app.exception_handler(StoreError)
+    async def storage(_request: Request, error: StoreError) -> JSONResponse:
+        _log.error("the store failed", error=str(error), code=error.code)
+        if isinstance(error, StoreUnavailable):
+            return refusal(503, str(error), error.code, "server")
+        answer = refusal(500, str(error), error.code, "server")
+        answer.headers["x-should-retry"] = "false"  # damage does not heal
+        return answer
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

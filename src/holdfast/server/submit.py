@@ -69,7 +69,7 @@ def address_in_json(body: Any) -> tuple[str, int] | None:
     if not isinstance(body, dict):
         return None
     model_id, seq_id = body.get("model_id"), body.get("seq_id")
-    if isinstance(model_id, str) and type(seq_id) is int and seq_id >= 1:
+    if isinstance(model_id, str) and type(seq_id) is int and 1 <= seq_id < 1 << 63:
         return model_id, seq_id
     return None
 

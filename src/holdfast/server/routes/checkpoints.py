@@ -33,7 +33,7 @@ from holdfast.store import NameKey
 router = APIRouter()
 
 Segment = Annotated[str, Path(pattern="^(weights|sampler_weights)$")]
-_ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
+ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
 
 @router.post("/save_weights")
@@ -151,36 +151,36 @@ async def list_of_run(run_id: str, owner: OwnerDep, runs: RunsDep) -> dict[str, 
     return CheckpointsListResponse(checkpoints=[as_wire(row) for row in rows]).to_json()
 
 
-@router.delete(_ONE, status_code=204)
+@router.delete(ONE, status_code=204)
 async def delete(
     run_id: str, segment: Segment, name: str, owner: OwnerDep, runs: RunsDep
 ) -> Response:
-    await runs.checkpoints.delete(_named(run_id, segment, name), owner)
+    await runs.checkpoints.delete(named(run_id, segment, name), owner)
     return Response(status_code=204)
 
 
-@router.post(_ONE + "/publish", status_code=204)
+@router.post(ONE + "/publish", status_code=204)
 async def publish(
     run_id: str, segment: Segment, name: str, owner: OwnerDep, runs: RunsDep
 ) -> Response:
     """Idempotent: clients repeat a 409 for minutes."""
-    await runs.checkpoints.set_public(_named(run_id, segment, name), owner, True)
+    await runs.checkpoints.set_public(named(run_id, segment, name), owner, True)
     return Response(status_code=204)
 
 
-@router.delete(_ONE + "/publish", status_code=204)
+@router.delete(ONE + "/publish", status_code=204)
 async def unpublish(
     run_id: str, segment: Segment, name: str, owner: OwnerDep, runs: RunsDep
 ) -> Response:
-    await runs.checkpoints.set_public(_named(run_id, segment, name), owner, False)
+    await runs.checkpoints.set_public(named(run_id, segment, name), owner, False)
     return Response(status_code=204)
 
 
-@router.put(_ONE + "/ttl", status_code=204)
+@router.put(ONE + "/ttl", status_code=204)
 async def set_ttl(
     run_id: str, segment: Segment, name: str, body: SetTtlRequest, owner: OwnerDep, runs: RunsDep
 ) -> Response:
-    await runs.checkpoints.set_ttl(_named(run_id, segment, name), owner, body.ttl_seconds)
+    await runs.checkpoints.set_ttl(named(run_id, segment, name), owner, body.ttl_seconds)
     return Response(status_code=204)
 
 
@@ -209,7 +209,8 @@ def _key(text: str) -> NameKey:
     return NameKey(path.run_id, path.kind, path.name)
 
 
-def _named(run_id: str, segment: str, name: str) -> NameKey:
+def named(run_id: str, segment: str, name: str) -> NameKey:
+    """The key of a checkpoint that is addressed by the parts of a path."""
     path = CheckpointPath.of(run_id, segment, name)
     return NameKey(path.run_id, path.kind, path.name)
 
