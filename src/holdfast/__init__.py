@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from holdfast import errors as errors
     from holdfast.client import types as types
     from holdfast.client.futures import Future as Future
     from holdfast.client.http import RetryConfig as RetryConfig
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from holdfast.client.types import SampleResponse as SampleResponse
     from holdfast.client.types import SamplingParams as SamplingParams
     from holdfast.client.types import TensorData as TensorData
-    from holdfast.protocol import errors as errors
     from holdfast.protocol.errors import HoldfastError as HoldfastError
 
 _HOME = {
@@ -48,7 +48,7 @@ _HOME = {
     "ServiceClient": "holdfast.client.service",
     "TensorData": "holdfast.client.types",
     "TrainingClient": "holdfast.client.training",
-    "errors": "holdfast.protocol",
+    "errors": "holdfast",
     "resume_or_create": "holdfast.client.schedule",
     "resume_or_create_async": "holdfast.client.schedule",
     "types": "holdfast.client",

@@ -51,7 +51,9 @@ class Operation:
     request_type: str
     build: Callable[[int], bytes]
     """The body for a seq_id. Runs in a worker thread."""
-    answer: asyncio.Future[Answer]
+    read: Callable[[Answer], Any]
+    """The result in an answer. Raises InvalidAnswerError."""
+    result: asyncio.Future[Any]
     content_type: str = JSON_TYPE
     protobuf_result: bool = False
     ready: asyncio.Event | None = None
@@ -60,9 +62,9 @@ class Operation:
 
     def error(self) -> BaseException | None:
         """Its error, if it has ended with one."""
-        if not self.answer.done() or self.answer.cancelled():
+        if not self.result.done() or self.result.cancelled():
             return None
-        return self.answer.exception()
+        return self.result.exception()
 
 
 class Outbox:
@@ -87,7 +89,7 @@ class Outbox:
     async def idle(self) -> None:
         """Wait until everything taken in so far has ended."""
         with self._lock:
-            waiting = [operation.answer for operation in (*self._accepted, *self._queue)]
+            waiting = [operation.result for operation in (*self._accepted, *self._queue)]
         if waiting:
             await asyncio.wait(waiting)
 
@@ -209,7 +211,10 @@ class Outbox:
             _fail(operation, error_from_body(body))
         else:
             # The result itself, as some servers answer short operations.
-            _settle(operation, answer)
+            try:
+                _settle(operation, operation.read(answer))
+            except InvalidAnswerError as error:
+                _fail(operation, error)
 
     async def _poll_all(self) -> None:
         while self._accepted:
@@ -220,19 +225,20 @@ class Outbox:
                     self._server,
                     operation.request_id,
                     operation.request_type,
+                    operation.read,
                     protobuf=operation.protobuf_result,
                     lane="poll",
                 )
             )
             try:
                 # Whoever gives up waiting ends the polling too: it holds up the next one's.
-                await asyncio.wait({polling, operation.answer}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({polling, operation.result}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 if not polling.done():
                     polling.cancel()
             if self._accepted and self._accepted[0] is operation:
                 self._accepted.popleft()
-            if operation.answer.done():
+            if operation.result.done():
                 await asyncio.gather(polling, return_exceptions=True)
                 continue
             failure = polling.exception()
@@ -246,17 +252,17 @@ def closed(what: str) -> ClosedError:
     return ClosedError(f"this {what} is closed: make a new one")
 
 
-def _settle(operation: Operation, answer: Answer) -> None:
-    if not operation.answer.done():
-        operation.answer.set_result(answer)
+def _settle(operation: Operation, result: object) -> None:
+    if not operation.result.done():
+        operation.result.set_result(result)
 
 
 def _fail(operation: Operation, error: BaseException) -> None:
-    if not operation.answer.done():
-        operation.answer.set_exception(error)
+    if not operation.result.done():
+        operation.result.set_exception(error)
         # Read here: a caller who dropped the future is not warned about it.
-        operation.answer.exception()
+        operation.result.exception()
 
 
-def new_answer(loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
+def new_result(loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
     return asyncio.Future(loop=loop)

@@ -6,8 +6,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -25,6 +25,8 @@ from holdfast.protocol.errors import HoldfastError, InvalidAnswerError, error_fr
 
 log = logging.getLogger("holdfast.client")
 
+T = TypeVar("T")
+
 _POLL_SECONDS = 60.0
 _HELD = 1.0
 _UNREADABLE_LIMIT = 5
@@ -32,13 +34,20 @@ _PAUSE_LOG_SECONDS = 60.0
 
 
 async def poll(
-    server: Server, request_id: str, request_type: str, *, protobuf: bool, lane: Lane
-) -> Answer:
-    """The answer that holds the future's result.
+    server: Server,
+    request_id: str,
+    request_type: str,
+    read: Callable[[Answer], T],
+    *,
+    protobuf: bool,
+    lane: Lane,
+) -> T:
+    """The future's result, as `read` finds it in the answer that holds it.
 
     A server that answers at once while the future is pending is not asked without pause: the
-    waits grow to a few seconds. Raises the future's error; ResultLostError when the server no
-    longer knows it; the connection's error when RetryConfig says that it is enough.
+    waits grow to a few seconds. An answer that cannot be read is asked for a few times.
+    Raises the future's error; ResultLostError when the server no longer knows it; the connection's
+    error when RetryConfig says that it is enough.
     """
     headers = {
         "content-type": JSON_TYPE,
@@ -68,12 +77,12 @@ async def poll(
             body: Any = None
             if answer.status < 300:
                 if answer.is_protobuf:
-                    return answer
+                    return read(answer)
                 body = answer.json()
                 if not _is_pending(body):
                     if isinstance(body, Mapping) and is_failure(body):
                         raise error_from_body(body, request_id=request_id)
-                    return answer
+                    return read(answer)
             elif answer.status == 408:
                 body = _readable(answer)
             elif not is_transient(answer):

@@ -195,10 +195,14 @@ class SamplingClient:
             answer = await self._server.call("POST", "asample", content=content)
         handle = answer.read(FutureHandle)
         async with self._polling:
-            result = await poll(
-                self._server, handle.request_id, "Sample", protobuf=True, lane="sample"
+            return await poll(
+                self._server,
+                handle.request_id,
+                "Sample",
+                lambda found: read_sample(found, handle.sample_sequence_ids),
+                protobuf=True,
+                lane="sample",
             )
-        return read_sample(result, handle.sample_sequence_ids)
 
 
 def read_sample(answer: Answer, ids: list[str] | None) -> SampleResponse:

@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel
+
 from holdfast.client.futures import ClientFuture, Future
-from holdfast.client.http import Answer, RetryConfig, Server
+from holdfast.client.http import RetryConfig, Server
 from holdfast.client.polling import poll
 from holdfast.client.rest import RestClient
 from holdfast.client.runtime import runtime
@@ -35,6 +37,7 @@ from holdfast.protocol.training import CreateModelRequest, CreateModelResponse, 
 log = logging.getLogger("holdfast.client")
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _UNLOAD_SECONDS = 10.0
@@ -417,8 +420,8 @@ class _Making:
         request = check_body(
             CreateModelRequest, {**fields, "session_id": session_id, "model_seq_id": number}
         )
-        answer = await self._run("create_model", "CreateModel", request)
-        self._model_id = answer.read(CreateModelResponse).model_id
+        created = await self._run("create_model", "CreateModel", request, CreateModelResponse)
+        self._model_id = created.model_id
         return await self._client_of(self._model_id)
 
     async def create_by_load(self, load: Mapping[str, Any]) -> TrainingClient:
@@ -429,10 +432,11 @@ class _Making:
         request = check_body(
             LoadWeightsRequest, {**load, "session_id": session_id, "model_seq_id": number}
         )
-        answer = await self._run("load_weights", "LoadWeights", request)
+        loaded = await self._run("load_weights", "LoadWeights", request, LoadWeightsResponse)
         client = await self._client_of(self._model_id)
-        client.loaded = answer.read(LoadWeightsResponse)
-        warn_of_pending(load["path"], client.loaded)
+        client.loaded = loaded
+        if load["optimizer"]:
+            warn_of_pending(load["path"], loaded)
         return client
 
     async def create_and_load(self, load: Mapping[str, Any]) -> TrainingClient:
@@ -461,14 +465,19 @@ class _Making:
         client.loaded = await loaded
         return client
 
-    async def _run(self, path: str, request_type: str, request: Body) -> Answer:
+    async def _run(self, path: str, request_type: str, request: Body, model: type[M]) -> M:
         answer = await self._session.server.call("POST", path, request)
         body = answer.json()
         if not isinstance(body, dict) or "request_id" not in body:
-            return answer
+            return answer.read(model)
         handle = answer.read(FutureHandle)
         return await poll(
-            self._session.server, handle.request_id, request_type, protobuf=False, lane="submit"
+            self._session.server,
+            handle.request_id,
+            request_type,
+            lambda found: found.read(model),
+            protobuf=False,
+            lane="poll",
         )
 
     async def _client_of(self, model_id: str) -> TrainingClient:

@@ -14,7 +14,7 @@ from holdfast.client import custom_loss
 from holdfast.client.chunking import combine, split
 from holdfast.client.futures import ClientFuture, Future
 from holdfast.client.http import JSON_TYPE, PROTOBUF_TYPE, Answer, read_as
-from holdfast.client.outbox import Operation, Outbox, closed, new_answer
+from holdfast.client.outbox import Operation, Outbox, closed, new_result
 from holdfast.client.sampling import SamplingClient, open_sampler
 from holdfast.client.session import Session
 from holdfast.client.tokenizers import load_tokenizer
@@ -159,6 +159,7 @@ class TrainingClient:
                 "forward_backward",
                 "ForwardBackward",
                 deferred.build,
+                read_batch,
                 content_type=PROTOBUF_TYPE,
                 protobuf=True,
             )
@@ -543,6 +544,7 @@ class TrainingClient:
         path: str,
         request_type: str,
         build: Callable[[int], bytes],
+        read: Callable[[Answer], Any],
         *,
         content_type: str = JSON_TYPE,
         protobuf: bool = False,
@@ -551,7 +553,8 @@ class TrainingClient:
             path,
             request_type,
             build,
-            new_answer(self._runtime.loop),
+            read,
+            new_result(self._runtime.loop),
             content_type=content_type,
             protobuf_result=protobuf,
         )
@@ -566,13 +569,13 @@ class TrainingClient:
         await_timeout: float | None = None,
     ) -> Future[T]:
         build(1)  # what cannot be sent is an error of the call, and uses no number
-        operation = self._operation(path, request_type, build)
+        operation = self._operation(path, request_type, build, read)
         self._append(operation)
 
         async def work() -> T:
             try:
                 async with asyncio.timeout(await_timeout):
-                    answer = await operation.answer
+                    result: T = await operation.result
             except TimeoutError:
                 if isinstance(error := operation.error(), TimeoutError):
                     raise error from None
@@ -581,7 +584,7 @@ class TrainingClient:
                     " operations called later follow it",
                     request_id=operation.request_id,
                 ) from None
-            return read(answer)
+            return result
 
         return self._future(work())
 
@@ -612,6 +615,7 @@ class TrainingClient:
             "forward_backward",
             "Forward" if forward_only else "ForwardBackward",
             build,
+            read_batch,
             content_type=PROTOBUF_TYPE,
             protobuf=True,
         )
@@ -642,13 +646,13 @@ class TrainingClient:
 async def collect(operations: Sequence[Operation]) -> ForwardBackwardOutput:
     """The one result of a batch's operations. Raises the error of the first that failed."""
     outcomes = await asyncio.gather(
-        *(operation.answer for operation in operations), return_exceptions=True
+        *(operation.result for operation in operations), return_exceptions=True
     )
     results: list[BatchResult] = []
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome
-        results.append(read_batch(outcome))
+        results.append(outcome)
     combined = combine(results)
     return ForwardBackwardOutput(
         combined.output_type,
