@@ -411,7 +411,13 @@ class Runs:
 
     async def _housekeeping(self) -> None:
         while True:
-            await asyncio.sleep(min(30.0, self.lifetimes.session_grace / 4))
+            pause = min(30.0, self.lifetimes.session_grace / 4)
+            began = time.monotonic()
+            await asyncio.sleep(pause)
+            # Suspended, or starved of the processor: that is not the clients' silence.
+            asleep = time.monotonic() - began - pause
+            if asleep > 1.0:
+                self.sessions.forgive(asleep)
             for session_id in self.sessions.silent():
                 _log.info("session expired", session=session_id)
                 await self.end_session(session_id, "expired")

@@ -98,6 +98,10 @@ class Sessions:
         """A sign of life: a heartbeat, a submission or a poll."""
         self._seen[session_id] = time.monotonic()
 
+    def forgive(self, seconds: float) -> None:
+        """The server was not answering for that long: nobody could give a sign of life."""
+        self._seen = {id: seen + seconds for id, seen in self._seen.items()}
+
     def silent(self) -> list[str]:
         """Sessions without a sign of life for longer than the grace."""
         now = time.monotonic()
