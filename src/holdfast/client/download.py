@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import logging
+import re
 import shutil
 import tarfile
 import tempfile
@@ -16,12 +18,13 @@ import httpx2
 
 from holdfast.client.http import Answer, Patience, Server, connection_error, is_transient
 from holdfast.protocol.checkpoints import ArchiveUrlResponse
-from holdfast.protocol.errors import InvalidAnswerError
+from holdfast.protocol.errors import InvalidAnswerError, ServerFaultError
 
 log = logging.getLogger("holdfast.client")
 
 Progress = Callable[[int, int | None], object]
 
+_STUCK_LIMIT = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -38,6 +41,7 @@ async def download_archive(
     key = hashlib.sha256(address.encode()).hexdigest()[:16]
     part = directory / f".{key}.part"
     patience = Patience(server.retry)
+    stuck = 0
     while True:
         answer: Answer | None = None
         have = _size(part)
@@ -52,8 +56,18 @@ async def download_archive(
             failure = answer.error()
         except httpx2.TransportError as error:
             failure = connection_error(error, address)
+            failure.__cause__ = error
         if _size(part) > have:
             patience.reset()
+            stuck = 0
+        elif isinstance(failure.__cause__, httpx2.RemoteProtocolError | httpx2.ReadError):
+            stuck += 1
+            if stuck >= _STUCK_LIMIT:
+                raise ServerFaultError(
+                    f"the archive breaks off at byte {have} each time: the checkpoint may be"
+                    " damaged at the server",
+                    code="archive_broken",
+                )
         delay = patience.delay(answer)
         if delay is None:
             raise failure
@@ -101,7 +115,21 @@ async def _fetch(server: Server, url: str, part: Path, progress: Progress | None
                 have += len(block)
                 if progress is not None:
                     progress(have, total)
+        digest = response.headers.get("repr-digest")
+    if digest is not None and not await asyncio.to_thread(_agrees, part, digest):
+        _discard(part)
+        raise InvalidAnswerError("the archive's bytes are not those of its digest: fetch it again")
     return None
+
+
+def _agrees(part: Path, field: str) -> bool:
+    """Whether the file has the sha-256 of a Repr-Digest field (RFC 9530), if it names one."""
+    found = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", field)
+    if found is None:
+        return True
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return base64.b64encode(digest).decode() == found[1]
 
 
 def _begun(part: Path) -> tuple[int, str]:
@@ -130,12 +158,16 @@ def _unpack(part: Path, directory: Path) -> None:
                 shutil.rmtree(target)
             path.replace(target)
     except (tarfile.TarError, EOFError) as error:
-        part.unlink(missing_ok=True)
+        _discard(part)
         raise InvalidAnswerError(f"the archive cannot be unpacked: {error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    _discard(part)
+
+
+def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
-    part.with_suffix(".etag").unlink(missing_ok=True)
+    _note(part, "")
 
 
 def _size(path: Path) -> int:
