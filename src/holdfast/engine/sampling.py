@@ -24,6 +24,7 @@ MAX_TOPK = 1024
 _TOGETHER = 16
 """Samples that are decoded in one batch; part of what fixes a sample's bits."""
 _FILLER = -99999.0
+_SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 class Sampler:
@@ -306,6 +307,9 @@ def _load_tokenizer(directory: Path) -> Callable[[list[int]], str]:
         if (directory / "tokenizer.json").is_file():
             fast = Tokenizer.from_file(str(directory / "tokenizer.json"))
             return lambda tokens: str(fast.decode(tokens, skip_special_tokens=False))
+        # Without any files transformers would make up a tokenizer from the model's type.
+        if not any((directory / name).is_file() for name in _SLOW_TOKENIZERS):
+            raise FileNotFoundError("the model's directory has no tokenizer files")
         slow = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # The tokenizers library raises bare exceptions.
         raise EngineError(

@@ -227,6 +227,7 @@ class Slots:
         config = PeftLoraConfig(r=rank, lora_alpha=rank, target_modules=f"(?:{pattern})")
         with quiet(), torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, self._model, adapter_name=adapter)
+        self._model.eval()
         wanted = set(modules)
         self._layers = []
         mine = []
