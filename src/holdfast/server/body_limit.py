@@ -48,7 +48,8 @@ class BodyLimit:
             read += len(message.get("body", b""))
             if read > self._limit:
                 exceeded = True
-                await _drain(receive)
+                if message.get("more_body", False):
+                    await _drain(receive)
                 raise BodyTooLargeError(self._limit)
             return message
 
@@ -62,9 +63,9 @@ class BodyLimit:
             await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"].state.body_refused(scope)
         error = BodyTooLargeError(self._limit)
         await refusal(413, error.message, error.code)(scope, receive, send)
-        scope["app"].state.body_refused(scope)
 
 
 async def _drain(receive: Receive) -> None:
