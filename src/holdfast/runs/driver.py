@@ -10,10 +10,12 @@ from contextlib import suppress
 from holdfast.engine.interface import EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load, OptimStep
+from holdfast.runs.engines import StateGone
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.order import Entry, Gap, State
 from holdfast.runs.placement import Placement
+from holdfast.runs.poison import count_death
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import Recovery
 from holdfast.runs.run import Run
@@ -24,9 +26,6 @@ IDLE_BEFORE_SNAPSHOT = 10.0
 """Seconds without an operation after which what was done since the last snapshot is kept."""
 IDLE_BEFORE_EVICTION = 300.0
 """Seconds without an operation after which a run leaves the worker's memory."""
-MOST_DEATHS = 3
-"""Deaths of the worker while the same operation ran, after which the operation fails."""
-
 _BASE_MODEL_PAUSE = 5.0
 
 
@@ -121,8 +120,6 @@ class Driver:
     async def _attach_alone(self) -> None:
         try:
             await self._recovery.attach()
-        except WorkerDied:
-            self._placement.lost()
         except EngineError as error:
             self._run.note = error.message
             await asyncio.sleep(_BASE_MODEL_PAUSE)
@@ -141,6 +138,10 @@ class Driver:
             await self._recovery.redo(entry)
             self._passed(entry)
             await self._recovery.passed()
+        except StateGone:  # it died before this operation, which comes up again
+            self._placement.lost()
+            if entry.state is State.RUNNING and entry.seq > order.position:
+                order.again(entry.seq)
         except WorkerDied:
             await self._worker_died(entry)
         except EngineError as error:
@@ -157,20 +158,17 @@ class Driver:
     async def _execute(self, entry: Entry) -> None:
         run = self._run
         run.note = None
-        if entry.kind in (bodies.SAVE_WEIGHTS, bodies.SAVE_SAMPLER):
-            await self._publisher.save(entry)
-            return
         started = time.monotonic()
         body = await run.body(entry.seq)
         try:
             match entry.kind:
+                case bodies.SAVE_WEIGHTS | bodies.SAVE_SAMPLER:
+                    await self._publisher.save(entry)
+                    return
                 case bodies.CREATE:
                     await self.create(bodies.config_from_json(Create.decode(body).config))
                     self._passed(entry)
                     run.settle(entry.seq, Outcome(entry.kind, result=b"{}"))
-                    # A library of another version would draw other initial weights.
-                    await self._publisher.snapshot(optimizer=False)
-                    return
                 case bodies.CREATE_FROM_STATE:
                     await self._load(entry, CreateFromState.decode(body))
                 case bodies.LOAD_WEIGHTS:
@@ -183,8 +181,17 @@ class Driver:
             self._fail(entry, Failure(error.code, error.message, error.category))
             return
         self._publisher.computed += time.monotonic() - started
-        if self._publisher.due:
-            await self._publisher.snapshot()
+        # A library of another version would draw other initial weights.
+        if self._publisher.due or entry.kind == bodies.CREATE:
+            await self._snapshot(optimizer=entry.kind != bodies.CREATE)
+
+    async def _snapshot(self, *, optimizer: bool) -> None:
+        try:
+            await self._publisher.snapshot(optimizer=optimizer)
+        except WorkerDied:  # the operation itself is done
+            self._placement.lost()
+        except EngineError as error:
+            self._run.log.warning("no snapshot", error=error.message)
 
     def _passed(self, entry: Entry) -> None:
         self._run.order.passed(entry.seq)
@@ -203,29 +210,20 @@ class Driver:
         if entry.state.settled:
             self._recovery.died()
             return
-        if entry.seq <= run.order.position:  # copied by then: it comes up again with the rewind
-            return
+        if entry.state is not State.RUNNING:
+            return  # it died at a mark, before the operation
         run.order.again(entry.seq)
-        attempts = await run.services.catalog.write(
-            lambda c: journal.count_attempt(c, run.key, entry.seq)
-        )
-        run.log.error("worker died", seq=entry.seq, kind=entry.kind, attempts=attempts)
-        if attempts >= MOST_DEATHS:
+        failure = await count_death(run, entry)
+        if failure is not None:
             run.order.begin(entry.seq)
-            message = (
-                f"the worker died {attempts} times while it executed this {entry.kind}; the run "
-                "goes on from before it"
-            )
-            self._fail(entry, Failure("operation_kills_worker", message, "server"))
+            self._fail(entry, failure)
 
     # --- What an operation does, the first time and in a replay ------------------------------
 
     async def compute(self, entry: Entry, body: bytes) -> bytes:
         """Perform a forward, forward_backward or optim_step; the bytes of its result."""
-        engine, _ = await self._placement.engine()
-        assert self._placement.host is not None
         key = self._placement.key
-        async with self._placement.host.turn:
+        async with self._placement.computing() as (engine, _):
             match entry.kind:
                 case bodies.FORWARD:
                     return await engine.forward(key, entry.seq, body)
@@ -239,8 +237,7 @@ class Driver:
     async def create(self, config: RunConfig) -> None:
         """Give a worker the initial state."""
         host = self._run.services.engines[config.base_model]
-        engine, _, life = await host.engine()
-        async with host.turn:
+        async with host.computing() as (engine, life):
             await engine.create(self._placement.key, config)
         self._placement.put(host, life)
 
@@ -249,8 +246,8 @@ class Driver:
     ) -> None:
         """Give a worker the state of a checkpoint."""
         host = self._run.services.engines[config.base_model]
-        engine, _, life = await self._placement.choose(host)
-        async with host.turn:
+        async with host.computing() as (engine, life):
+            self._placement.check(host, life)
             await engine.restore(
                 self._placement.key, config, manifest.files, optimizer=body.optimizer
             )
@@ -259,14 +256,16 @@ class Driver:
     async def _load(self, entry: Entry, body: Load | CreateFromState) -> None:
         run = self._run
         await self._publisher.settled()
+        if isinstance(body, Load):
+            # A save that was lost with its worker may be the one to be read.
+            await self._placement.engine()
         manifest_id, manifest = await loading.resolve(run, entry, body)
         config = loading.check(run, manifest, body)
         host = run.services.engines[config.base_model]
-        _, info, _ = await self._placement.choose(host)
+        _, info, life = await host.engine()
+        self._placement.check(host, life)
         loading.check_revision(body.key, manifest, info)
-        await run.services.catalog.write(
-            lambda c: journal.set_target(c, run.key, entry.seq, manifest_id)
-        )
+        await run.write_patiently(lambda c: journal.set_target(c, run.key, entry.seq, manifest_id))
         # The state from here on hangs on these blobs, whatever becomes of the name. Published
         # before the state is touched: a load that fails changes nothing.
         loaded = loading.loaded(manifest, config, optimizer=body.optimizer)
@@ -274,7 +273,7 @@ class Driver:
         base_id = await run.services.checkpoints.publish(base)
         try:
             await self.restore(manifest, config, body)
-        except EngineError:
+        except (EngineError, WorkerDied):
             await run.services.checkpoints.discard([base_id])
             raise
         run.info = dataclasses.replace(run.info, config=config)

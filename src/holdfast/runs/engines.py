@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 
@@ -23,6 +23,10 @@ HUNG_AFTER = 600.0
 _WATCH_EVERY = 10.0
 
 _log = structlog.get_logger("holdfast.engines")
+
+
+class StateGone(WorkerDied):
+    """The worker that held a state ended before it was asked for it: nothing was executed."""
 
 
 class Host:
@@ -100,6 +104,22 @@ class Host:
                 self._watch = asyncio.create_task(self._supervise(engine, self.life))
                 _log.info("base model ready", model=self.name, life=self.life)
                 return
+
+    @asynccontextmanager
+    async def computing(self) -> AsyncIterator[tuple[Engine, int]]:
+        """The worker and its life, for one operation that gives it a state.
+
+        It computes nothing else meanwhile; when it dies, the next one gets a new worker.
+        """
+        async with self.turn:
+            engine, _, life = await self.engine()
+            try:
+                yield engine, life
+            except StateGone:
+                raise
+            except WorkerDied:
+                self.lost(life)
+                raise
 
     def lost(self, life: int) -> None:
         """A call of that life raised WorkerDied: the next one gets a new worker."""

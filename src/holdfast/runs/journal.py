@@ -15,6 +15,9 @@ from holdfast.runs.bodies import MISSING
 from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
 
+SKIPPED_KEPT = 24 * 3600.0
+"""Seconds for which a number that was skipped is remembered: far longer than clients try."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunKey:
@@ -165,6 +168,14 @@ def record(connection: Connection, key: RunKey, seq: int) -> Record:
     )
 
 
+def identity(connection: Connection, key: RunKey, seq: int) -> tuple[str, str | None] | None:
+    """An operation's kind and the hash of its body; None when its row is gone."""
+    row = connection.execute(
+        sa.select(operations.c.kind, operations.c.body_hash).where(_at(key, seq))
+    ).one_or_none()
+    return None if row is None else (row.kind, row.body_hash)
+
+
 def outcome(connection: Connection, key: RunKey, seq: int) -> Outcome | None:
     """Read a settled operation's outcome; None while it is unsettled, or when its row is gone."""
     row = connection.execute(
@@ -201,8 +212,8 @@ class Journaled:
 
 
 def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Journaled]:
-    """The operations after position `above`, and unsettled ones before it, in order."""
-    settled = [s.value for s in State if s.settled]
+    """The operations after position `above`, in order; before it, unsettled and skipped ones."""
+    final = [State.DONE.value, State.FAILED.value]
     rows = connection.execute(
         sa.select(
             operations.c.seq,
@@ -211,7 +222,7 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
             operations.c.state,
             operations.c.mark_at,
         )
-        .where(_of(key) & ((operations.c.seq > above) | operations.c.state.not_in(settled)))
+        .where(_of(key) & ((operations.c.seq > above) | operations.c.state.not_in(final)))
         .order_by(operations.c.seq)
     )
     return [Journaled(Entry(r.seq, r.kind, r.body_hash, State(r.state)), r.mark_at) for r in rows]
@@ -286,7 +297,8 @@ def expire(connection: Connection, *, read_before: float) -> int:
     """Remove what nobody needs any more; how many results and rows there were.
 
     Results that were handed out before that time go. So do whole rows, once no replay goes back
-    to them: those whose outcome was handed out, and numbers that never had a future.
+    to them: those whose outcome was handed out, and numbers that never had a future. Skipped ones
+    stay longer, since what comes late must be known as late.
     """
     results = connection.execute(
         operations.update()
@@ -301,7 +313,13 @@ def expire(connection: Connection, *, read_before: float) -> int:
         .having(sa.func.count() >= 2)
         .subquery()
     )
-    never_shown = operations.c.body_hash.is_(None) & (operations.c.settled < read_before)
+    never_shown = operations.c.body_hash.is_(None) & (
+        operations.c.settled
+        < sa.case(
+            (operations.c.state == State.SKIPPED.value, read_before - SKIPPED_KEPT),
+            else_=read_before,
+        )
+    )
     rows = connection.execute(
         operations.delete().where(
             ((operations.c.read < read_before) | never_shown)

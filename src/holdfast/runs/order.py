@@ -8,6 +8,7 @@ the position of a snapshot, and the numbers after it come up again: settled ones
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -43,6 +44,8 @@ class Accept(StrEnum):
     """The number is taken by another request, which is untouched."""
     LATE = "late"
     """The number was skipped before this request came: a failed future."""
+    FORGOTTEN = "forgotten"
+    """The number was settled long ago; what it was is in the journal, if anywhere."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class Order:
         self.elixir = elixir
         self.position = position
         """Every number up to here has been passed."""
+        self._reached = position
         self._floor = floor
         self._entries: dict[int, Entry] = {}
         self._highest = position
@@ -94,10 +98,12 @@ class Order:
         return self._highest
 
     @property
-    def settled_through(self) -> int:
-        """The highest number with a final outcome, or the position where that is higher."""
-        settled = (e.seq for e in self._entries.values() if e.state.settled)
-        return max(self.position, *settled, -1)
+    def reached(self) -> int:
+        """The highest number that was ever passed: what precedes it is history, and replayed.
+
+        Higher ones may be settled: those that were refused before their turn came.
+        """
+        return self._reached
 
     @property
     def unsettled(self) -> list[Entry]:
@@ -110,8 +116,7 @@ class Order:
         """What a submission is; changes nothing."""
         known = self._entries.get(seq)
         if known is None:
-            # Forgotten ones were settled long ago; their bodies are not there to compare.
-            return Accept.DUPLICATE if seq <= self._floor else Accept.NEW
+            return Accept.FORGOTTEN if seq <= self._floor else Accept.NEW
         if known.body_hash is None and known.state is State.SKIPPED:
             return Accept.LATE
         same = known.body_hash == body_hash and known.kind == kind
@@ -128,6 +133,15 @@ class Order:
         self._entries[entry.seq] = entry
         self._highest = max(self._highest, entry.seq)
 
+    def read_back(self, entries: Iterable[Entry]) -> None:
+        """Enter what a restarted server finds in the journal."""
+        for entry in entries:
+            self.add(entry)
+            if entry.state is State.DONE:  # only what came up was ever done
+                self._reached = max(self._reached, entry.seq)
+        while (after := self._entries.get(self._reached + 1)) is not None and after.state.settled:
+            self._reached += 1
+
     def refused(self) -> None:
         """A definite refusal was given: shortens the wait for gaps."""
         self._refused = True
@@ -135,12 +149,13 @@ class Order:
     def arrived_late(self, seq: int, kind: str, body_hash: str) -> int:
         """Settle a skipped number's late request as failed.
 
-        Returns the position at which that takes effect: after the operation under way.
+        Returns the position at which that takes effect: after what has been passed, also where
+        that is still to be replayed, and after the operation under way.
         """
         self._entries[seq] = Entry(seq, kind, body_hash, State.FAILED)
-        following = self._entries.get(self.position + 1)
+        following = self._entries.get(self._reached + 1)
         running = following is not None and following.state is State.RUNNING
-        return self.position + running
+        return self._reached + running
 
     def add_late_mark(self, seq: int, position: int) -> None:
         """The late forward_backward `seq` marks the gradients once `position` is passed."""
@@ -174,6 +189,7 @@ class Order:
         """The entry's effect on the training state is complete."""
         assert seq == self.position + 1
         self.position = seq
+        self._reached = max(self._reached, seq)
         self._last_kind = self._entries[seq].kind
 
     def settle(self, seq: int, state: State) -> None:
@@ -196,10 +212,14 @@ class Order:
                 entry.state = State.ACCEPTED
 
     def forget(self, position: int) -> None:
-        """Numbers up to `position` will not be replayed any more."""
+        """Numbers up to `position` will not be replayed any more.
+
+        Those that were skipped stay: their requests may still come.
+        """
         assert position <= self.position
         self._floor = max(self._floor, position)
-        for seq in [s for s, e in self._entries.items() if s <= position and e.state.settled]:
+        kept = (State.ACCEPTED, State.RUNNING, State.SKIPPED)
+        for seq in [s for s, e in self._entries.items() if s <= position and e.state not in kept]:
             del self._entries[seq]
         for at in [p for p in self._late_marks if p < position]:
             del self._late_marks[at]

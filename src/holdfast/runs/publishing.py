@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
@@ -20,10 +22,12 @@ from holdfast.engine.interface import (
 )
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Save, SaveSampler
+from holdfast.runs.engines import Host, StateGone
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Kept, Outcome
 from holdfast.runs.order import Entry
 from holdfast.runs.placement import Placement
+from holdfast.runs.poison import count_death
 from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
 from holdfast.store import Incomplete, Manifest, NameKey
@@ -33,6 +37,16 @@ REPLAY_BOUND = 30.0
 """Seconds of compute after which a snapshot is taken."""
 SNAPSHOT_SHARE = 0.02
 """A snapshot may stall the run by this share of the compute since the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A copied state, and which life of which worker writes it."""
+
+    capture: Capture
+    info: BaseModelInfo
+    host: Host
+    life: int
 
 
 class Publisher:
@@ -87,15 +101,21 @@ class Publisher:
                 run.order.passed(entry.seq)
                 run.settle(entry.seq, _saved(entry, key), target=made)
                 return
-        capture = await self._capture(optimizer=isinstance(save, Save))
+        copy = await self._capture(optimizer=isinstance(save, Save))
         run.order.passed(entry.seq)
-        self._publish_next(self._finish_save(entry, save, capture))
+        self._publish_next(copy, self._finish_save(entry, save, copy))
 
-    async def _finish_save(self, entry: Entry, save: Save | SaveSampler, capture: Capture) -> None:
-        run = self._run
+    async def _finish_save(self, entry: Entry, save: Save | SaveSampler, copy: _Copy) -> None:
+        run, info = self._run, copy.info
         try:
-            captured = await capture.written()
-            _, info = await self._placement.engine()
+            try:
+                captured = await copy.capture.written()
+            except WorkerDied:
+                failure = await count_death(run, entry)
+                if failure is not None:
+                    await run.settle(entry.seq, Outcome(entry.kind, failure=failure))
+                raise
+            self._check_turn(entry.seq)
             now = time.time()
             manifest = self.manifest(
                 captured,
@@ -108,16 +128,14 @@ class Publisher:
                 request_id=run.key.request_id(entry.seq),
             )
             replace = isinstance(save, Save) and save.overwrite
-            manifest_id = await run.services.checkpoints.publish(manifest, replace=replace)
+            manifest_id = await self._publish(manifest, replace=replace)
             if save.name is None:
                 await self._settle_sampler(entry, save, manifest_id)
                 return
             outcome = _saved(entry, NameKey(run.key.id, _segment(save), save.name))
             if isinstance(save, Save):
                 # A recovery point of its own: the name may be deleted or moved.
-                base = await run.services.checkpoints.publish(
-                    self.manifest(captured, info, entry.seq)
-                )
+                base = await self._publish(self.manifest(captured, info, entry.seq))
                 await self.settle_with_snapshot(entry, outcome, base, manifest_id, info)
             else:
                 await run.settle(entry.seq, outcome, target=manifest_id)
@@ -130,13 +148,15 @@ class Publisher:
     ) -> None:
         run = self._run
         assert run.info.config is not None and isinstance(save, SaveSampler)
-        sampler = await self._samplers.create(
+        create = partial(
+            self._samplers.create,
             run.info.session_id,
             run.info.owner,
             run.info.config.base_model,
             save.sampling_session_seq_id,
             manifest=manifest_id,
         )
+        sampler = await run.patiently(create)
         result = bodies.encode_json({"sampling_session_id": sampler.id})
         await run.settle(entry.seq, Outcome(entry.kind, result=result), target=manifest_id)
 
@@ -146,18 +166,17 @@ class Publisher:
         """Take a recovery point at the current position."""
         seq = self._run.order.position
         started = time.monotonic()
-        capture = await self._capture(optimizer=optimizer)
+        copy = await self._capture(optimizer=optimizer)
         self._copy_seconds = time.monotonic() - started
         self.computed = 0.0
-        self._publish_next(self._finish_snapshot(seq, capture))
+        self._publish_next(copy, self._finish_snapshot(seq, copy))
 
-    async def _finish_snapshot(self, seq: int, capture: Capture) -> None:
-        run = self._run
+    async def _finish_snapshot(self, seq: int, copy: _Copy) -> None:
+        run, info = self._run, copy.info
         try:
-            captured = await capture.written()
-            _, info = await self._placement.engine()
-            manifest = self.manifest(captured, info, seq)
-            manifest_id = await run.services.checkpoints.publish(manifest)
+            captured = await copy.capture.written()
+            self._check_turn(seq)
+            manifest_id = await self._publish(self.manifest(captured, info, seq))
         except (EngineError, RunError) as error:
             run.log.warning("no snapshot", seq=seq, error=error.message)
             return
@@ -175,6 +194,7 @@ class Publisher:
     ) -> None:
         """Settle an operation and record a recovery point at its position, in one."""
         run = self._run
+        await run.recorded()  # the results that lead to it
         kept: list[Kept] = []
         now = time.time()
 
@@ -201,20 +221,28 @@ class Publisher:
 
     async def keep_as(self, name: str, expires: float) -> None:
         """Publish the current state as a checkpoint, for a run that has ended."""
-        capture = await self._capture(optimizer=True)
-        captured = await capture.written()
-        _, info = await self._placement.engine()
         seq = self._run.order.position
-        manifest = self.manifest(captured, info, seq, name=name, expires=expires)
-        await self._run.services.checkpoints.publish(manifest, replace=True)
+        copy = await self._capture(optimizer=True)
+        captured = await copy.capture.written()
+        manifest = self.manifest(captured, copy.info, seq, name=name, expires=expires)
+        await self._publish(manifest, replace=True)
 
-    async def _capture(self, *, optimizer: bool) -> Capture:
-        engine, _ = await self._placement.engine()
-        assert self._placement.host is not None
-        async with self._placement.host.turn:
-            return await engine.capture(self._placement.key, optimizer=optimizer)
+    async def _capture(self, *, optimizer: bool) -> _Copy:
+        async with self._placement.computing() as (engine, info):
+            host, life = self._placement.held_by
+            capture = await engine.capture(self._placement.key, optimizer=optimizer)
+        return _Copy(capture, info, host, life)
 
-    def _publish_next(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _publish(self, manifest: Manifest, *, replace: bool = False) -> str:
+        publish = self._run.services.checkpoints.publish
+        return await self._run.patiently(lambda: publish(manifest, replace=replace))
+
+    def _check_turn(self, seq: int) -> None:
+        """Raises StateGone when an earlier save was lost with its worker, and is to come first."""
+        if any(entry.seq < seq for entry in self._run.order.unsettled):
+            raise StateGone(f"what precedes position {seq} is to be published first")
+
+    def _publish_next(self, copy: _Copy, work: Coroutine[Any, Any, None]) -> None:
         before = self._tail
 
         async def after() -> None:
@@ -223,15 +251,16 @@ class Publisher:
             try:
                 await work
             except WorkerDied:
-                self._placement.lost()
+                self._placement.lost_in(copy.host, copy.life)
                 self._run.wake.set()
 
         self._tail = asyncio.create_task(after())
         self._tail.add_done_callback(self._report)
 
     def _report(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self._run.log.error("publishing failed", exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._run.broke("publishing failed", error)
 
     def manifest(
         self,

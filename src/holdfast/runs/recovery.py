@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from typing import Protocol
 
-from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, RunConfig
+from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load
 from holdfast.runs.errors import RunError
@@ -55,23 +55,28 @@ class Recovery:
         run = self._run
         assert run.info.config is not None
         host = run.services.engines[run.info.config.base_model]
-        engine, _, life = await host.engine()
+        _, _, life = await host.engine()
         if self._placement.held_in(host, life):
             return True
+        # What was copied before its worker died may still become the newest snapshot.
+        await self._publisher.settled()
         self._marked.clear()
         run.note = "recovering"
-        self._to = max(self._to, run.order.settled_through)
+        self._to = run.order.reached
         points = await run.services.catalog.read(lambda c: journal.recovery_points(c, run.key))
         for seq, manifest_id in points:
             try:
                 manifest = await run.services.checkpoints.manifest(manifest_id)
-                async with host.turn:
+                async with host.computing() as (engine, life):
                     await engine.restore(
                         self._placement.key,
                         run.info.config,
                         manifest.files,
                         optimizer=OPTIMIZER_STATE in manifest.files,
                     )
+            except WorkerDied:
+                self.died()
+                return False
             except (RunError, EngineError) as error:
                 run.log.error("snapshot not usable", seq=seq, error=error.message)
                 continue
@@ -80,6 +85,8 @@ class Recovery:
             self._publisher.numerics = dict(manifest.fingerprint)
             self._placement.put(host, life)
             run.log.info("restored", position=seq, to=self._to)
+            if seq >= self._to:
+                self._deaths = 0
             return False
         if points:
             self._stop(
@@ -115,7 +122,13 @@ class Recovery:
                 await self._reload(entry, Load.decode(record.body))
             case _:
                 started = time.monotonic()
-                result = await self._driver.compute(entry, record.body)
+                await self._placement.engine()  # whose failure is none of the operation's
+                try:
+                    result = await self._driver.compute(entry, record.body)
+                except EngineError as error:
+                    self._run.log.error("replay failed", seq=entry.seq, error=error.message)
+                    self._diverged(entry)
+                    return
                 self._publisher.computed += time.monotonic() - started
                 if journal.digest(result) != record.result_hash:
                     self._diverged(entry)
@@ -124,9 +137,9 @@ class Recovery:
         """An operation was replayed. At the end of a recovery, keep what it has brought."""
         if self._run.order.position != self._to:
             return
-        self._deaths = 0
         if self._publisher.due or self._other_numerics:
             await self._publisher.snapshot()
+        self._deaths = 0
 
     async def apply_late_marks(self) -> None:
         """Mark the gradients for forward_backwards that came after they had been skipped."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection
@@ -20,6 +21,8 @@ from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Order, State
+
+T = TypeVar("T")
 
 _BODIES_IN_MEMORY = 64 << 20
 """Bytes of bodies a run keeps at hand; those above are read from the journal when they are due."""
@@ -124,11 +127,13 @@ class Run:
                 case Accept.NEW:
                     await self._accept(Entry(seq, kind, body_hash), body, first)
                 case Accept.CONFLICT:
-                    raise RunError(
-                        "sequence_conflict",
-                        f"number {seq} of run {self.key} was used for another request "
-                        f"({self.order[seq].kind}); every request needs a number of its own",
+                    raise self._conflict(seq, self.order[seq].kind)
+                case Accept.FORGOTTEN:
+                    known = await self.services.catalog.read(
+                        lambda c: journal.identity(c, self.key, seq)
                     )
+                    if known is not None and known != (kind, body_hash):
+                        raise self._conflict(seq, known[0])
                 case Accept.LATE:
                     await self._accept_late(seq, kind, body_hash)
                 case Accept.DUPLICATE:
@@ -158,6 +163,13 @@ class Run:
         if self._bodies_size + len(body) <= _BODIES_IN_MEMORY:
             self._bodies[entry.seq] = body
             self._bodies_size += len(body)
+
+    def _conflict(self, seq: int, kind: str) -> RunError:
+        return RunError(
+            "sequence_conflict",
+            f"number {seq} of run {self.key} was used for another request ({kind}); every request "
+            "needs a number of its own",
+        )
 
     def refused_without_number(self) -> None:
         """A request that was perhaps this run's could not be read and was refused."""
@@ -296,11 +308,14 @@ class Run:
 
     async def write_patiently(self, work: Callable[[Connection], object]) -> None:
         """A catalog write that has to happen: tried until the catalog takes it."""
+        await self.patiently(lambda: self.services.catalog.write(work))
+
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Something that has to happen and writes to the catalog: tried until that takes it."""
         pause = 0.05
         while True:
             try:
-                await self.services.catalog.write(work)
-                return
+                return await call()
             except CatalogUnavailable as error:
                 self.log.warning("catalog unavailable, trying again", error=str(error))
                 await asyncio.sleep(pause)
@@ -343,18 +358,23 @@ class Run:
                 await drive()
             except asyncio.CancelledError:
                 raise
-            except Exception:
-                self.log.exception("the run's driver failed")
-                self.end(
-                    Failure(
-                        "internal_error",
-                        "the server met a defect while it executed this run; its log has the "
-                        "details. The run's checkpoints are not affected",
-                        "server",
-                    )
-                )
+            except Exception as error:
+                self.broke("the run's driver failed", error)
 
         self._driver = asyncio.create_task(guarded(), name=f"run {self.key}")
+
+    def broke(self, what: str, error: BaseException) -> None:
+        """End the run because of a defect of ours, so that nobody waits for it."""
+        self.log.error(what, exc_info=error)
+        self.end(
+            Failure(
+                "internal_error",
+                "the server met a defect while it executed this run; its log has the details. "
+                "The run's checkpoints are not affected",
+                "server",
+            )
+        )
+        self.wake.set()
 
     async def finish(self, reason: Failure) -> None:
         """End the run after the operation under way; those that are pending fail with `reason`."""

@@ -255,8 +255,9 @@ class Runs:
         order = Order(
             elixir=session.client == ELIXIR, floor=floor, position=points[0][0] if points else -1
         )
-        for item in await self.catalog.read(lambda c: journal.entries(c, key, above=floor)):
-            order.add(item.entry)
+        found = list(await self.catalog.read(lambda c: journal.entries(c, key, above=floor)))
+        order.read_back(item.entry for item in found)
+        for item in found:
             if item.mark_at is not None and item.entry.kind == bodies.FORWARD_BACKWARD:
                 order.add_late_mark(item.entry.seq, item.mark_at)
         info = RunInfo(record.session_id, record.owner, record.config, record.user_metadata)
