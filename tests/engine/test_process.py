@@ -1,0 +1,239 @@
+"""A worker process answers as the engine in this process does, and its end hangs nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.engine.interface import AdamParams, EngineError, WorkerDied
+from holdfast.engine.payload import SampleRequest
+from holdfast.engine.process import WorkerProcess
+from holdfast.store import Store
+from tests.engine.conftest import MakeCore
+from tests.engine.helpers import BUDGET, NAME, make_batch, run_config
+
+pytestmark = pytest.mark.anyio
+
+STEP = AdamParams(1e-2, weight_decay=0.1, grad_clip_norm=1.0)
+BODY = make_batch(0).encode()
+LONG = make_batch(1, (120,) * 60).encode()
+
+
+@asynccontextmanager
+async def started(source: Path, store: Path) -> AsyncIterator[WorkerProcess]:
+    worker = await WorkerProcess.start(
+        name=NAME, source=str(source), store=store, threads=1, token_budget=BUDGET
+    )
+    try:
+        yield worker
+    finally:
+        await worker.close()
+
+
+@pytest.fixture
+def small(model_dir: Callable[[str], Path]) -> Path:
+    return model_dir("qwen3")
+
+
+async def test_answers_are_those_of_the_engine(
+    small: Path, make_core: MakeCore, store: Store, tmp_path: Path
+) -> None:
+    """The same bytes from either; then a kill -9, and a new worker goes on from the save."""
+    core = make_core()
+    core.create("run", run_config())
+    request = SampleRequest(make_batch(0).data[0].tokens, max_tokens=5, stop=[], seed=1).encode()
+    async with started(small, tmp_path / "store") as worker:
+        info = await worker.ready()
+        assert info.fingerprint == core.base.info.fingerprint
+        assert info == core.base.info
+        assert str(tmp_path) not in repr(info)
+        assert await worker.create("run", run_config()) == core._runs["run"].info
+        for seq in range(2):
+            answer = await worker.forward_backward("run", seq, BODY)
+            assert answer == core.forward_backward("run", seq, BODY)
+            assert await worker.optim_step("run", STEP) == core.optim_step("run", STEP)
+        # Sent without waiting, executed in that order; the capture sees nothing of what follows.
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(worker.forward_backward("run", 3, BODY))
+            saved = group.create_task(worker.capture("run"))
+            group.create_task(worker.forward_backward("run", 4, BODY))
+            stepped = group.create_task(worker.optim_step("run", STEP))
+        assert first.result() == core.forward_backward("run", 3, BODY)
+        copy = core.copy_state("run", optimizer=True)
+        core.forward_backward("run", 4, BODY)
+        assert stepped.result() == core.optim_step("run", STEP)
+        captured = await saved.result().written()
+        assert captured.state == copy.info == saved.result().state
+        assert captured.state.pending_forward_backwards == 1
+        assert captured.files == {n: store.put_blob(parts) for n, parts in copy.files.items()}
+        assert await worker.sample(captured.files, request) == core.sample(captured.files, request)
+        assert await worker.sample(None, request) == core.sample(None, request)
+        for call, code in (
+            (worker.forward_backward("run", 5, b"{}"), "invalid_batch"),
+            (worker.optim_step("run", STEP), "incomplete_gradients"),
+            (worker.forward("gone", 5, BODY), "unknown_run"),
+            (worker.capture("gone"), "unknown_run"),
+            (
+                worker.restore(
+                    "run",
+                    run_config(),
+                    {n: type(b)("0" * 64, 5) for n, b in captured.files.items()},
+                    optimizer=True,
+                ),
+                "missing_blob",
+            ),
+        ):
+            with pytest.raises(EngineError) as caught:
+                await call
+            assert caught.value.code == code
+        os.kill(worker.pid, signal.SIGKILL)
+        assert await worker.wait_died() == -signal.SIGKILL
+    async with started(small, tmp_path / "store") as worker:
+        state = await worker.restore("run", run_config(), captured.files, optimizer=True)
+        assert state == captured.state
+        assert await worker.forward_backward("run", 4, BODY)
+        assert await worker.optim_step("run", STEP) == stepped.result()
+        again = await (await worker.capture("run")).written()
+        wanted = core.copy_state("run", optimizer=True).files
+        assert again.files == {name: store.put_blob(parts) for name, parts in wanted.items()}
+        await worker.drop("run")
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.3])
+async def test_a_kill_ends_every_call(delay: float, small: Path, tmp_path: Path) -> None:
+    """While loading, while computing, and with answers on their way."""
+    async with started(small, tmp_path / "store") as worker:
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(worker.create("run", run_config()))]
+        if delay:
+            await tasks[0]
+        tasks += [asyncio.create_task(worker.forward("run", i, LONG)) for i in range(20)]
+        tasks.append(asyncio.create_task(worker.capture("run")))
+        await asyncio.sleep(delay)
+        worker.kill()
+        worker.kill()
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(results[-1], WorkerDied)
+            assert all(isinstance(r, bytes | WorkerDied) for r in results[1:])
+            assert await worker.wait_died() == -signal.SIGKILL
+            assert worker.dead and worker.in_flight == 0
+            with pytest.raises(WorkerDied, match="-9"):
+                await worker.forward("run", 0, BODY)
+            if not delay:
+                with pytest.raises(WorkerDied):
+                    await worker.ready()
+
+
+async def test_progress_shows_that_it_computes(small: Path, tmp_path: Path) -> None:
+    async with started(small, tmp_path / "store") as worker:
+        await worker.create("run", run_config())
+        task = asyncio.create_task(
+            worker.forward_backward("run", 0, make_batch(1, (120,) * 600).encode())
+        )
+        seen = set()
+        while not task.done():
+            await asyncio.sleep(0.05)
+            seen.add(worker.last_progress)
+        await task
+        assert len(seen) > 2
+        assert worker.in_flight == 0
+        idle = worker.last_progress
+        await asyncio.sleep(0.1)
+        assert worker.last_progress == idle
+        os.kill(worker.pid, signal.SIGSTOP)  # A hang: the time of progress stands still.
+        stuck = asyncio.create_task(worker.forward("run", 1, LONG))
+        await asyncio.sleep(0.1)
+        begun = worker.last_progress
+        assert begun > idle
+        await asyncio.sleep(1.0)
+        assert worker.last_progress == begun and worker.in_flight == 1
+        worker.kill()
+        with pytest.raises(WorkerDied):
+            await stuck
+
+
+async def test_a_cancelled_call_leaves_the_others_their_answers(
+    small: Path, tmp_path: Path
+) -> None:
+    async with started(small, tmp_path / "store") as worker:
+        await worker.create("run", run_config())
+        tasks = [asyncio.create_task(worker.forward("run", i, BODY)) for i in range(4)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(results[1], asyncio.CancelledError)
+        assert results[0] == results[2] == results[3] == await worker.forward("run", 9, BODY)
+
+
+async def test_a_worker_finishes_its_saves_before_it_closes(small: Path, tmp_path: Path) -> None:
+    worker = await WorkerProcess.start(
+        name=NAME, source=str(small), store=tmp_path / "store", threads=1, token_budget=BUDGET
+    )
+    await worker.create("run", run_config())
+    capture = await worker.capture("run")
+    await worker.close()
+    await worker.close()
+    assert len((await capture.written()).files) == 3
+    assert await worker.wait_died() == 0
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+async def test_a_base_model_that_cannot_be_loaded(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / "model")
+    async with started(tmp_path / "model", tmp_path / "store") as worker:
+        with pytest.raises(EngineError) as caught:
+            await worker.ready()
+        assert (caught.value.code, caught.value.category) == ("model_not_loadable", "server")
+        assert "model" in caught.value.message
+        with pytest.raises(WorkerDied):
+            await worker.create("run", run_config())
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from holdfast.engine.process import WorkerProcess
+async def main():
+    worker = await WorkerProcess.start(
+        name="m", source=sys.argv[1], store=Path(sys.argv[2]), threads=1, token_budget=256)
+    if sys.argv[3] == "loaded":
+        await worker.ready()
+    print(worker.pid, flush=True)
+    await asyncio.sleep(60)
+assert "torch" not in sys.modules
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("when", ["loading", "loaded"])
+def test_a_worker_ends_with_its_parent(when: str, small: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(small), str(tmp_path / "store"), when]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, 0)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _alive(pid):
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
