@@ -324,6 +324,9 @@ class _Read:
         self._position += len(data)
         return len(data)
 
+    def seek(self, position: int) -> None:
+        self._position = position
+
     def close(self) -> None:
         """Nothing to do."""
 

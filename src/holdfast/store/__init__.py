@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.store.base import Store, SweepReport, VerifyReport
+from holdfast.store.archive import Archive, Imported, import_archive, put_file
+from holdfast.store.base import Size, Store, SweepReport, Usage, VerifyReport
 from holdfast.store.errors import (
     Corrupt,
     CorruptBlob,
     CorruptManifest,
     CorruptName,
     DiskFull,
+    InvalidFile,
     InvalidValue,
     IOFailed,
     Missing,
@@ -29,6 +31,7 @@ from holdfast.store.local import LocalStore
 from holdfast.store.model import Blob, Incomplete, Lora, Manifest, NameKey
 
 __all__ = [
+    "Archive",
     "Blob",
     "Corrupt",
     "CorruptBlob",
@@ -36,7 +39,9 @@ __all__ = [
     "CorruptName",
     "DiskFull",
     "IOFailed",
+    "Imported",
     "Incomplete",
+    "InvalidFile",
     "InvalidValue",
     "LocalStore",
     "Lora",
@@ -50,13 +55,17 @@ __all__ = [
     "NotAStore",
     "ReadOnly",
     "Refused",
+    "Size",
     "Store",
     "StoreError",
     "SweepReport",
     "Unavailable",
     "UnsupportedFormat",
+    "Usage",
     "VerifyReport",
+    "import_archive",
     "open_store",
+    "put_file",
 ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,6 +49,25 @@ class VerifyReport:
         return not self.problems
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes of one checkpoint's blobs."""
+
+    own: int
+    """That no other checkpoint uses: what deleting this one sets free."""
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What checkpoints take on the disk."""
+
+    checkpoints: Mapping[str, Size]
+    """By the manifest's id."""
+    total: int
+    """Bytes of all their blobs, each counted once."""
+
+
 class Store(ABC):
     """Checkpoints: immutable blobs and manifests, and names that point to manifests.
 
@@ -77,6 +97,16 @@ class Store(ABC):
         """`read_blob` into a writable buffer of exactly the blob's size.
 
         When it raises, the buffer's content means nothing.
+        """
+
+    @abstractmethod
+    def stream_blob(
+        self, blob: Blob, start: int = 0, stop: int | None = None, *, what: str
+    ) -> Iterator[bytes]:
+        """A blob's bytes from `start` to `stop`, in pieces, whatever its size.
+
+        The whole blob is verified before the last piece is given, so that a damaged one is never
+        given in full. Raises as `read_blob` does.
         """
 
     @abstractmethod
@@ -176,6 +206,22 @@ class Store(ABC):
             except MissingManifest:
                 if self.resolve(key) == current:
                     raise
+
+    def usage(self, run: str | None = None) -> Usage:
+        """What each checkpoint, named or not, of all runs or of one, takes on the disk."""
+        manifests = {
+            manifest_id: self.read_manifest(manifest_id) for _, manifest_id in self.names()
+        }
+        manifests.update(self.unnamed())
+        users = Counter(blob for m in manifests.values() for blob in set(m.files.values()))
+        sizes = {}
+        for manifest_id, manifest in manifests.items():
+            if run in (None, manifest.run):
+                blobs = set(manifest.files.values())
+                own = sum(blob.size for blob in blobs if users[blob] == 1)
+                sizes[manifest_id] = Size(own, sum(blob.size for blob in blobs) - own)
+        used = {blob for m in sizes for blob in manifests[m].files.values()}
+        return Usage(sizes, sum(blob.size for blob in used))
 
     @abstractmethod
     def _move_name(self, key: NameKey, current: str, manifest_id: str) -> bool:

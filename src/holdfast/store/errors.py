@@ -4,6 +4,7 @@ StoreError
 ├── Refused              the request cannot work as it is: change it
 │   ├── InvalidValue         a name, an id or a manifest's field is not of the right form
 │   ├── NameTaken            the name is there and `replace` was not asked for
+│   ├── InvalidFile          a file brought in from outside is not of its format
 │   ├── NotAStore            the directory is something else
 │   └── UnsupportedFormat    written by a newer Holdfast
 ├── Missing              what was asked for is not there: it was deleted, or never was
@@ -53,6 +54,12 @@ class NameTaken(Refused):
     def __init__(self, message: str, existing: str) -> None:
         super().__init__(message)
         self.existing = existing
+
+
+class InvalidFile(Refused):
+    """A file from outside, an archive or tensors, that is not what its format asks for."""
+
+    code = "invalid_file"
 
 
 class NotAStore(Refused):

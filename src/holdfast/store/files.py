@@ -56,6 +56,8 @@ class ReadFile(Protocol):
         """Fill `buffer` from the current position; fewer bytes only at the end of the file."""
         ...
 
+    def seek(self, position: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -224,6 +226,9 @@ class _LocalReadFile:
                 break
             done += count
         return done
+
+    def seek(self, position: int) -> None:
+        os.lseek(self._fd, position, os.SEEK_SET)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -25,7 +25,7 @@ from holdfast.store.files import Files, LocalFiles
 from holdfast.store.model import Blob, Manifest, NameKey, check_id, content_hash
 from holdfast.store.records import NameRecord, file_name, run_prefix
 from holdfast.store.sweep import Sweeper
-from holdfast.store.transfer import read_verified, write_hashed
+from holdfast.store.transfer import read_verified, stream_verified, write_hashed
 
 
 class LocalStore(Store):
@@ -80,6 +80,18 @@ class LocalStore(Store):
             if file is None:
                 raise MissingBlob(f"{what} is missing: there is no {path}")
             read_verified(file, blob, view, what, path)
+
+    def stream_blob(
+        self, blob: Blob, start: int = 0, stop: int | None = None, *, what: str
+    ) -> Iterator[bytes]:
+        path = self._blob_path(blob)
+        stop = blob.size if stop is None else stop
+        if not 0 <= start <= stop <= blob.size:
+            raise InvalidValue(f"{what} has {blob.size} bytes, asked for {start} to {stop}")
+        with storage_errors(f"reading {what} from {path}"), self._disk.open(path) as file:
+            if file is None:
+                raise MissingBlob(f"{what} is missing: there is no {path}")
+            yield from stream_verified(file, blob, start, stop, what, path)
 
     def has_blob(self, blob: Blob) -> bool:
         path = self._blob_path(blob)

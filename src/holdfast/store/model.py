@@ -48,6 +48,13 @@ def check_id(value: str, what: str = "manifest id") -> str:
     return value
 
 
+def check_file_name(value: object) -> str:
+    """`value` itself when it is a plain file name; InvalidValue otherwise."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise InvalidValue(f"{_show(value)} is not a plain file name")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Blob:
     """Immutable bytes, named by their content."""
@@ -313,8 +320,7 @@ def _check_mappings(m: Manifest) -> None:
     if len(m.files) > _MAX_FILES:
         raise InvalidValue(f"at most {_MAX_FILES} files, got {len(m.files)}")
     for name, blob in m.files.items():
-        if not _NAME.fullmatch(name):
-            raise InvalidValue(f"files: {_show(name)} is not a plain file name")
+        check_file_name(name)
         if not isinstance(blob, Blob):
             raise InvalidValue(f"files[{name!r}] must be a Blob, got {_show(blob)}")
         check_id(blob.hash, f"files[{name!r}].hash")

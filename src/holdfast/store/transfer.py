@@ -50,18 +50,55 @@ def verify_file(file: ReadFile, blob: Blob, what: str, path: str) -> None:
     _read(file, blob, pieces, what, path)
 
 
-def _read(file: ReadFile, blob: Blob, pieces: Iterable[memoryview], what: str, path: str) -> None:
+def stream_verified(
+    file: ReadFile, blob: Blob, start: int, stop: int, what: str, path: str
+) -> Iterator[bytes]:
+    """The bytes from `start` to `stop`; the last ones only when the whole blob is right."""
+    if (start, stop) != (0, blob.size):
+        verify_file(file, blob, what, path)
+        file.seek(start)
+        yield from _read_pieces(file, start, stop, what, path)
+        return
+    _check_size(file, blob, what, path)
+    hasher = blake3(max_threads=blake3.AUTO)
+    last = b""
+    for piece in _read_pieces(file, 0, blob.size, what, path):
+        if last:
+            yield last
+        hasher.update(piece)
+        last = piece
+    _check_hash(hasher.hexdigest(), blob, what, path)
+    yield last
+
+
+def _read_pieces(file: ReadFile, start: int, stop: int, what: str, path: str) -> Iterator[bytes]:
+    for position in range(start, stop, CHUNK):
+        buffer = bytearray(min(CHUNK, stop - position))
+        if file.readinto(memoryview(buffer)) != len(buffer):
+            raise CorruptBlob(f"{what}: {path} ended early while it was read", path)
+        yield bytes(buffer)
+
+
+def _check_size(file: ReadFile, blob: Blob, what: str, path: str) -> None:
     if file.size != blob.size:
         raise CorruptBlob(
             f"{what} is damaged: {path} has {file.size} bytes, {blob.size} were saved", path
         )
+
+
+def _check_hash(found: str, blob: Blob, what: str, path: str) -> None:
+    if found != blob.hash:
+        raise CorruptBlob(f"{what} is damaged: the bytes of {path} have the hash {found}", path)
+
+
+def _read(file: ReadFile, blob: Blob, pieces: Iterable[memoryview], what: str, path: str) -> None:
+    _check_size(file, blob, what, path)
     with _Hasher(blake3.AUTO if blob.size > _INLINE else 1) as hasher:
         for piece in pieces:
             if file.readinto(piece) != len(piece):
                 raise CorruptBlob(f"{what}: {path} ended early while it was read", path)
             hasher.update(piece)
-    if (found := hasher.hexdigest()) != blob.hash:
-        raise CorruptBlob(f"{what} is damaged: the bytes of {path} have the hash {found}", path)
+    _check_hash(hasher.hexdigest(), blob, what, path)
 
 
 class _Hasher:
