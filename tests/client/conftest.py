@@ -8,6 +8,7 @@ import pytest
 
 from holdfast import RetryConfig, ServiceClient, TrainingClient
 from tests.client.scripted import ScriptedServer
+from tests.support.server import ServerProcess
 
 QUICK = RetryConfig(give_up_after=10.0, first_delay=0.01, max_delay=0.05)
 
@@ -27,3 +28,16 @@ def client(scripted: ScriptedServer) -> Iterator[ServiceClient]:
 @pytest.fixture
 def training(client: ServiceClient) -> TrainingClient:
     return client.create_lora_training_client("tiny", rank=8).result(10)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real server with the shipped model, for all tests of the client that need one."""
+    with ServerProcess(tmp_path_factory.mktemp("client-server")) as running:
+        yield running
+
+
+@pytest.fixture
+def service(server: ServerProcess) -> Iterator[ServiceClient]:
+    with ServiceClient(base_url=server.url) as made:
+        yield made
