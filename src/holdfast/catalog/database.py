@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import sqlalchemy as sa
 
+from holdfast import failpoints
 from holdfast.catalog.migrations import upgrade
 
 T = TypeVar("T")
@@ -127,6 +128,8 @@ def _commit(connection: sa.Connection, batch: list[_Work[Any]]) -> None:
                     raise
                 except Exception as error:
                     item.error = error
+            failpoints.reach("commit.before")
+        failpoints.reach("commit.after")
     except sa.exc.DBAPIError as error:
         for item in batch:
             item.error = CatalogUnavailable(f"the catalog took no write: {error.orig}")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 import structlog
 
+from holdfast import failpoints
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import checkpoints
 from holdfast.runs.errors import RunError, not_found
@@ -87,6 +88,7 @@ class Checkpoints:
         RunError, unless `replace`, or the same request took it before a crash.
         """
         manifest_id = await self._call(self.store.publish, manifest)
+        failpoints.reach("publish.manifest")
         if manifest.name is None:
             return manifest_id
         key = NameKey(manifest.run, segment(manifest.kind), manifest.name)
@@ -103,6 +105,7 @@ class Checkpoints:
                 ) from taken
             manifest_id = earlier
             manifest = await self.manifest(manifest_id)
+        failpoints.reach("publish.named")
         await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
         return manifest_id
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from holdfast import failpoints
 from holdfast.engine.interface import (
     OPTIMIZER_STATE,
     BaseModelInfo,
@@ -103,6 +104,7 @@ class Publisher:
                 return
         copy = await self._capture(optimizer=isinstance(save, Save))
         run.order.passed(entry.seq)
+        failpoints.reach("save.copied")
         self._publish_next(copy, self._finish_save(entry, save, copy))
 
     async def _finish_save(self, entry: Entry, save: Save | SaveSampler, copy: _Copy) -> None:
@@ -115,6 +117,7 @@ class Publisher:
                 if failure is not None:
                     await run.settle(entry.seq, Outcome(entry.kind, failure=failure))
                 raise
+            failpoints.reach("save.written")
             self._check_turn(entry.seq)
             now = time.time()
             manifest = self.manifest(
@@ -129,6 +132,7 @@ class Publisher:
             )
             replace = isinstance(save, Save) and save.overwrite
             manifest_id = await self._publish(manifest, replace=replace)
+            failpoints.reach("save.published")
             if save.name is None:
                 await self._settle_sampler(entry, save, manifest_id)
                 return
@@ -169,14 +173,17 @@ class Publisher:
         copy = await self._capture(optimizer=optimizer)
         self._copy_seconds = time.monotonic() - started
         self.computed = 0.0
+        failpoints.reach("snapshot.copied")
         self._publish_next(copy, self._finish_snapshot(seq, copy))
 
     async def _finish_snapshot(self, seq: int, copy: _Copy) -> None:
         run, info = self._run, copy.info
         try:
             captured = await copy.capture.written()
+            failpoints.reach("snapshot.written")
             self._check_turn(seq)
             manifest_id = await self._publish(self.manifest(captured, info, seq))
+            failpoints.reach("snapshot.published")
         except (EngineError, RunError) as error:
             run.log.warning("no snapshot", seq=seq, error=error.message)
             return
@@ -252,7 +259,8 @@ class Publisher:
                 await work
             except WorkerDied:
                 self._placement.lost_in(copy.host, copy.life)
-                self._run.wake.set()
+            # A save that is settled starts the wait for a gap behind it, a lost one is taken again.
+            self._run.wake.set()
 
         self._tail = asyncio.create_task(after())
         self._tail.add_done_callback(self._report)
