@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -64,7 +65,7 @@ runs = Table(
     Column("owner", String, nullable=False),
     Column("created", Float, nullable=False),
     Column("last_request", Float, nullable=False),
-    Column("state", String, nullable=False),  # live, unloaded, failed, replaced
+    Column("state", String, nullable=False),  # live, unloaded, failed, replaced, lost, stored
     Column("state_detail", Text),
     Column("base_model", String),  # empty until a creating load has read its checkpoint
     Column("config", JSON),  # rank, alpha, seed, train_*, optimizer
@@ -117,17 +118,29 @@ checkpoints = Table(
     "checkpoints",
     metadata,
     Column("run_id", String, primary_key=True),
-    Column("kind", String, primary_key=True),  # weights, sampler_weights
+    Column("kind", String, primary_key=True),  # weights, sampler_weights, external_weights
     Column("name", String, primary_key=True),
     Column("manifest", String, nullable=False),
     Column("owner", String, nullable=False),
     Column("created", Float, nullable=False),
     Column("expires", Float),
     Column("public", Boolean, nullable=False),
-    Column("size", Integer, nullable=False),  # bytes of its blobs
+    Column("size", BigInteger, nullable=False),  # bytes of its blobs
     Column("step", Integer, nullable=False),  # optim_steps applied
     Column("user_metadata", JSON),
     Index("ix_checkpoints_owner_created", "owner", "created"),
+)
+
+# Which blobs they are made of; a blob may be in many.
+checkpoint_files = Table(
+    "checkpoint_files",
+    metadata,
+    Column("run_id", String, primary_key=True),
+    Column("kind", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("file", String, primary_key=True),
+    Column("hash", String, nullable=False, index=True),
+    Column("size", BigInteger, nullable=False),
 )
 
 samplers = Table(

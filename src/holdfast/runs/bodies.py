@@ -18,6 +18,7 @@ FORWARD_BACKWARD = "forward_backward"
 OPTIM_STEP = "optim_step"
 SAVE_WEIGHTS = "save_weights"
 SAVE_SAMPLER = "save_weights_for_sampler"
+SAVE_EXTERNAL = "save_weights_external"
 LOAD_WEIGHTS = "load_weights"
 MISSING = "missing"
 """A number that was given up: which operation it would have been is not known."""
@@ -122,6 +123,15 @@ class SaveSampler(Body):
     sampling_session_seq_id: int | None = None
     ttl_seconds: int | None = None
     user_metadata: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SaveExternal(Body):
+    """A named adapter for other programs: weights and their configuration."""
+
+    kind: ClassVar[str] = SAVE_EXTERNAL
+    name: str
+    ttl_seconds: int | None = None
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:

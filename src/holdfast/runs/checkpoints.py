@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,9 +13,11 @@ import structlog
 
 from holdfast import failpoints
 from holdfast.catalog import Catalog
-from holdfast.catalog.tables import checkpoints
+from holdfast.catalog.tables import checkpoint_files as files
+from holdfast.catalog.tables import checkpoints, runs
+from holdfast.runs import stored
 from holdfast.runs.errors import RunError, not_found
-from holdfast.store import Manifest, NameKey, NameTaken, Store, StoreError
+from holdfast.store import Manifest, NameKey, NameTaken, Store, StoreError, SweepReport
 
 T = TypeVar("T")
 
@@ -29,7 +31,7 @@ LONGEST_TTL = 10 * 366 * 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A row of the index. Times are UTC seconds, the size is that of the blobs in bytes."""
+    """A row of the index. Times are UTC seconds, sizes those of the blobs in bytes."""
 
     run_id: str
     kind: str
@@ -42,6 +44,23 @@ class Checkpoint:
     size: int
     step: int
     user_metadata: Mapping[str, str] | None
+    own_size: int
+    """Of the blobs that no other checkpoint has: what deleting it gives back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """In what the index and the store disagree."""
+
+    unlisted: Mapping[NameKey, str]
+    """Names without a row, or with one of another manifest; the manifests they point to."""
+    gone: Sequence[NameKey]
+    """Rows without a name."""
+    without_run: Mapping[str, str]
+    """Runs that have checkpoints and no row; a manifest of each."""
+
+    def __bool__(self) -> bool:
+        return bool(self.unlisted or self.gone or self.without_run)
 
 
 def check_ttl(seconds: int | None) -> None:
@@ -91,7 +110,8 @@ class Checkpoints:
         failpoints.reach("publish.manifest")
         if manifest.name is None:
             return manifest_id
-        key = NameKey(manifest.run, segment(manifest.kind), manifest.name)
+        key = manifest.key
+        assert key is not None
         try:
             await self._call(self._name, key, manifest_id, replace)
         except NameTaken as taken:
@@ -126,7 +146,7 @@ class Checkpoints:
         """Delete a name: hidden at once, its bytes go with the next sweeps."""
         await self._owned(key, owner)
         await self._call(self.store.delete_name, key)
-        await self._catalog.write(lambda c: c.execute(checkpoints.delete().where(_row(key))))
+        await self._catalog.write(lambda c: _unindex(c, [key]))
 
     async def set_ttl(self, key: NameKey, owner: str, ttl_seconds: int | None) -> None:
         """Let a checkpoint expire that many seconds from now, or never."""
@@ -147,9 +167,11 @@ class Checkpoints:
             where &= checkpoints.c.run_id == run_id
 
         def query(connection: sa.Connection) -> tuple[list[Checkpoint], int]:
-            total = connection.scalar(sa.select(sa.func.count()).where(where))
+            total = connection.scalar(
+                sa.select(sa.func.count()).select_from(checkpoints).where(where)
+            )
             rows = connection.execute(
-                sa.select(checkpoints)
+                _with_own_size()
                 .where(where)
                 .order_by(checkpoints.c.created.desc(), checkpoints.c.name)
                 .offset(offset)
@@ -159,12 +181,20 @@ class Checkpoints:
 
         return await self._catalog.read(query)
 
+    async def own_size(self, key: NameKey) -> int:
+        """Bytes of the blobs that no other checkpoint has."""
+        return await self._catalog.read(
+            lambda c: (
+                c.scalar(sa.select(_own_size()).select_from(checkpoints).where(_row(key))) or 0
+            )
+        )
+
     async def newest(self, run_ids: Sequence[str], kind: str) -> dict[str, Checkpoint]:
         """The newest checkpoint of that kind, for each run that has one."""
 
         def query(connection: sa.Connection) -> dict[str, Checkpoint]:
             rows = connection.execute(
-                sa.select(checkpoints)
+                _with_own_size()
                 .where(checkpoints.c.run_id.in_(run_ids) & (checkpoints.c.kind == kind) & _alive())
                 .order_by(checkpoints.c.created)
             )
@@ -172,28 +202,60 @@ class Checkpoints:
 
         return await self._catalog.read(query)
 
-    async def reconcile(self) -> tuple[int, int]:
-        """Make the index agree with the store; how many rows were added or changed, and removed."""
+    async def sweep(self) -> SweepReport:
+        """Sweep the store, and take what has expired out of the index."""
+        report = await self._call(self.store.sweep)
+        if report.names:
+            await self._catalog.write(lambda c: _unindex(c, report.names))
+        return report
+
+    async def differences(self) -> Differences:
+        """Compare the index with the store, which is the truth."""
         named = dict(await self._call(lambda: list(self.store.names(on_damage=_log_damage))))
-        rows = await self._catalog.read(
-            lambda c: {
+
+        def query(connection: sa.Connection) -> tuple[dict[NameKey, str], set[str]]:
+            rows = {
                 NameKey(r.run_id, r.kind, r.name): r.manifest
-                for r in c.execute(sa.select(checkpoints))
+                for r in connection.execute(sa.select(checkpoints))
             }
+            return rows, set(connection.scalars(sa.select(runs.c.id).distinct()))
+
+        rows, known = await self._catalog.read(query)
+        return Differences(
+            unlisted={key: m for key, m in named.items() if rows.get(key) != m},
+            gone=[key for key in rows if key not in named],
+            without_run={key.run: m for key, m in named.items() if key.run not in known},
         )
-        changed = {key: m for key, m in named.items() if rows.get(key) != m}
-        manifests = {key: await self.manifest(m) for key, m in changed.items()}
-        gone = [key for key in rows if key not in named]
 
-        def work(connection: sa.Connection) -> None:
-            for key, manifest in manifests.items():
-                _index(connection, key, changed[key], manifest)
-            for key in gone:
-                connection.execute(checkpoints.delete().where(_row(key)))
+    async def reconcile(self) -> tuple[int, int]:
+        """Make the index agree with the store; how many rows were added or changed, and removed.
 
-        if changed or gone:
-            await self._catalog.write(work)
-        return len(changed), len(gone)
+        A checkpoint whose manifest is damaged is left out. A run that only the store knows is
+        listed again, as one that holds checkpoints.
+        """
+        found = await self.differences()
+        if not found:
+            return 0, 0
+        manifests = {}
+        for manifest_id in {*found.unlisted.values(), *found.without_run.values()}:
+            try:
+                manifests[manifest_id] = await asyncio.to_thread(
+                    self.store.read_manifest, manifest_id
+                )
+            except StoreError as error:
+                _log_damage(error)
+
+        def work(connection: sa.Connection) -> int:
+            _unindex(connection, found.gone)
+            listed = [(k, m) for k, m in found.unlisted.items() if m in manifests]
+            for key, manifest_id in listed:
+                _index(connection, key, manifest_id, manifests[manifest_id])
+            for manifest_id in found.without_run.values():
+                if manifest_id in manifests:
+                    stored.insert(connection, manifests[manifest_id])
+            return len(listed)
+
+        return await self._catalog.write(work), len(found.gone)
 
     async def _amend(self, key: NameKey, owner: str, **changes: Any) -> None:
         await self._owned(key, owner)
@@ -229,13 +291,8 @@ class Checkpoints:
             ) from error
 
 
-def segment(manifest_kind: str) -> str:
-    """The name space of a kind of manifest: the middle of its tinker:// path."""
-    return "weights" if manifest_kind == "training" else "sampler_weights"
-
-
 def _log_damage(error: StoreError) -> None:
-    _log.error("damaged name in the store", error=str(error))
+    _log.error("damage in the store", error=str(error))
 
 
 def _no_checkpoint(key: NameKey, hint: str = "") -> RunError:
@@ -254,8 +311,48 @@ def _row(key: NameKey) -> sa.ColumnElement[bool]:
     )
 
 
+def _own_size() -> sa.ColumnElement[int]:
+    """Of a row of the index, as a subquery."""
+    other = files.alias("other")
+    shared = sa.exists().where(
+        (other.c.hash == files.c.hash)
+        & (
+            (other.c.run_id != files.c.run_id)
+            | (other.c.kind != files.c.kind)
+            | (other.c.name != files.c.name)
+        )
+    )
+    return (
+        sa.select(sa.func.coalesce(sa.func.sum(files.c.size), 0))
+        .where(
+            (files.c.run_id == checkpoints.c.run_id)
+            & (files.c.kind == checkpoints.c.kind)
+            & (files.c.name == checkpoints.c.name)
+            & ~shared
+        )
+        .correlate(checkpoints)
+        .scalar_subquery()
+    )
+
+
+def _with_own_size() -> sa.Select[Any]:
+    return sa.select(checkpoints, _own_size().label("own_size"))
+
+
+def _unindex(connection: sa.Connection, keys: Iterable[NameKey]) -> None:
+    for key in keys:
+        connection.execute(checkpoints.delete().where(_row(key)))
+        connection.execute(
+            files.delete().where(
+                (files.c.run_id == key.run)
+                & (files.c.kind == key.kind)
+                & (files.c.name == key.name)
+            )
+        )
+
+
 def _index(connection: sa.Connection, key: NameKey, manifest_id: str, manifest: Manifest) -> None:
-    connection.execute(checkpoints.delete().where(_row(key)))
+    _unindex(connection, [key])
     connection.execute(
         checkpoints.insert().values(
             run_id=key.run,
@@ -271,3 +368,14 @@ def _index(connection: sa.Connection, key: NameKey, manifest_id: str, manifest: 
             user_metadata=manifest.user_metadata,
         )
     )
+    for file, blob in manifest.files.items():
+        connection.execute(
+            files.insert().values(
+                run_id=key.run,
+                kind=key.kind,
+                name=key.name,
+                file=file,
+                hash=blob.hash,
+                size=blob.size,
+            )
+        )

@@ -162,7 +162,7 @@ class Driver:
         body = await run.body(entry.seq)
         try:
             match entry.kind:
-                case bodies.SAVE_WEIGHTS | bodies.SAVE_SAMPLER:
+                case bodies.SAVE_WEIGHTS | bodies.SAVE_SAMPLER | bodies.SAVE_EXTERNAL:
                     await self._publisher.save(entry)
                     return
                 case bodies.CREATE:

@@ -22,7 +22,7 @@ from holdfast.engine.interface import (
     WorkerDied,
 )
 from holdfast.runs import bodies, journal
-from holdfast.runs.bodies import Save, SaveSampler
+from holdfast.runs.bodies import Save, SaveExternal, SaveSampler
 from holdfast.runs.engines import Host, StateGone
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Kept, Outcome
@@ -38,6 +38,20 @@ REPLAY_BOUND = 30.0
 """Seconds of compute after which a snapshot is taken."""
 SNAPSHOT_SHARE = 0.02
 """A snapshot may stall the run by this share of the compute since the last one."""
+
+
+_AnySave = Save | SaveExternal | SaveSampler
+
+_KINDS: dict[type[_AnySave], CheckpointKind] = {
+    Save: "training",
+    SaveExternal: "external",
+    SaveSampler: "sampler",
+}
+_SEGMENTS: dict[type[_AnySave], str] = {
+    Save: "weights",
+    SaveExternal: "external_weights",
+    SaveSampler: "sampler_weights",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +110,7 @@ class Publisher:
         run = self._run
         save = _decode(entry, await run.body(entry.seq))
         if save.name is not None:
-            key = NameKey(run.key.id, _segment(save), save.name)
+            key = _key(run, save, save.name)
             made = await run.services.checkpoints.made_by(key, run.key.request_id(entry.seq))
             if made is not None:  # published before a crash that came before its settling
                 run.order.passed(entry.seq)
@@ -107,7 +121,7 @@ class Publisher:
         failpoints.reach("save.copied")
         self._publish_next(copy, self._finish_save(entry, save, copy))
 
-    async def _finish_save(self, entry: Entry, save: Save | SaveSampler, copy: _Copy) -> None:
+    async def _finish_save(self, entry: Entry, save: _AnySave, copy: _Copy) -> None:
         run, info = self._run, copy.info
         try:
             try:
@@ -124,10 +138,10 @@ class Publisher:
                 captured,
                 info,
                 entry.seq,
-                kind="training" if isinstance(save, Save) else "sampler",
+                kind=_KINDS[type(save)],
                 name=save.name,
                 expires=None if save.ttl_seconds is None else now + save.ttl_seconds,
-                user_metadata=save.user_metadata,
+                user_metadata=None if isinstance(save, SaveExternal) else save.user_metadata,
                 request_id=run.key.request_id(entry.seq),
             )
             replace = isinstance(save, Save) and save.overwrite
@@ -136,7 +150,7 @@ class Publisher:
             if save.name is None:
                 await self._settle_sampler(entry, save, manifest_id)
                 return
-            outcome = _saved(entry, NameKey(run.key.id, _segment(save), save.name))
+            outcome = _saved(entry, _key(run, save, save.name))
             if isinstance(save, Save):
                 # A recovery point of its own: the name may be deleted or moved.
                 base = await self._publish(self.manifest(captured, info, entry.seq))
@@ -147,9 +161,7 @@ class Publisher:
             failure = Failure(error.code, error.message, error.category)
             await run.settle(entry.seq, Outcome(entry.kind, failure=failure))
 
-    async def _settle_sampler(
-        self, entry: Entry, save: Save | SaveSampler, manifest_id: str
-    ) -> None:
+    async def _settle_sampler(self, entry: Entry, save: _AnySave, manifest_id: str) -> None:
         run = self._run
         assert run.info.config is not None and isinstance(save, SaveSampler)
         create = partial(
@@ -309,14 +321,17 @@ class Publisher:
         )
 
 
-def _decode(entry: Entry, body: bytes) -> Save | SaveSampler:
-    if entry.kind == bodies.SAVE_WEIGHTS:
-        return Save.decode(body)
+def _decode(entry: Entry, body: bytes) -> _AnySave:
+    match entry.kind:
+        case bodies.SAVE_WEIGHTS:
+            return Save.decode(body)
+        case bodies.SAVE_EXTERNAL:
+            return SaveExternal.decode(body)
     return SaveSampler.decode(body)
 
 
-def _segment(save: Save | SaveSampler) -> str:
-    return "weights" if isinstance(save, Save) else "sampler_weights"
+def _key(run: Run, save: _AnySave, name: str) -> NameKey:
+    return NameKey(run.key.id, _SEGMENTS[type(save)], name)
 
 
 def _saved(entry: Entry, key: NameKey) -> Outcome:

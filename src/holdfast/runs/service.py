@@ -21,6 +21,7 @@ from holdfast.engine.interface import LoraConfig, RunConfig
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Body, Create, CreateFromState
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.copies import Copies
 from holdfast.runs.driver import Driver
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable, not_found
@@ -29,6 +30,7 @@ from holdfast.runs.order import Order, State
 from holdfast.runs.run import Run, RunInfo, Services
 from holdfast.runs.samplers import Samplers
 from holdfast.runs.sessions import Session, Sessions
+from holdfast.runs.stored import STORED
 from holdfast.store import Store
 
 ELIXIR = "elixir"
@@ -46,6 +48,8 @@ class Lifetimes:
     results_after_read: float = 10 * 60
     last_state: float = 7 * 24 * 3600
     """The final state of a run whose session has ended."""
+    between_sweeps: float = 60.0
+    """From one sweep of the store to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Runs:
         self.stopping = asyncio.Event()
         """Set when the server is about to stop."""
         self._creating = asyncio.Lock()
+        self.copies = Copies(catalog, self.checkpoints, self.sessions, self._creating)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -97,6 +102,7 @@ class Runs:
                 if record.state == "live":
                     await self._take_up(session, record)
         self._background(self._housekeeping())
+        self._background(self._sweeping())
 
     def begin_stop(self) -> None:
         """Take no more submissions and let waiting polls go: the server is about to stop."""
@@ -428,6 +434,26 @@ class Runs:
             with suppress(CatalogUnavailable):
                 await self.catalog.write(partial(journal.expire, read_before=before))
 
+    async def _sweeping(self) -> None:
+        """Remove expired and unreferenced checkpoints from the store, for as long as it serves."""
+        while True:
+            await asyncio.sleep(self.lifetimes.between_sweeps)
+            try:
+                report = await self.checkpoints.sweep()
+            except (RunError, CatalogUnavailable) as error:
+                _log.error("the store could not be swept", error=str(error))
+                continue
+            for path in report.damaged:
+                _log.error("damage in the store: what it may refer to is kept", file=path)
+            if report.names or report.manifests or report.blobs:
+                _log.info(
+                    "store swept",
+                    expired=[f"tinker://{key}" for key in report.names],
+                    manifests=report.manifests,
+                    blobs=report.blobs,
+                    bytes=report.size,
+                )
+
     def _background(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -495,7 +521,8 @@ class Runs:
                 row.generation,
                 row.body_hash,
                 row.idempotency_key,
-                any(e.state == State.DONE.value and e.seq > 0 for e in ended),
+                row.state == STORED
+                or any(e.state == State.DONE.value and e.seq > 0 for e in ended),
                 any(e.state == State.FAILED.value for e in ended) or row.state != "live",
             )
 
