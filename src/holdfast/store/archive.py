@@ -24,7 +24,7 @@ MANIFEST = "holdfast.json"
 
 _BLOCK = 512
 _PIECE = 1 << 20
-_MAX_MEMBERS = 1001
+_MAX_MEMBERS = 101
 _MAX_EXTENSION = 1 << 16
 _REGULAR = (b"0", b"\0")
 _EXTENSION = (b"x", b"g")

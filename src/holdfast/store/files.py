@@ -141,7 +141,7 @@ class LocalFiles:
     def sync_dir(self, path: str) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            _flush(fd)
         finally:
             os.close(fd)
 
@@ -180,6 +180,13 @@ class LocalFiles:
         return False
 
 
+def _flush(fd: int) -> None:
+    if sys.platform == "darwin":  # there, fsync leaves the bytes in the drive's memory
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
 class _LocalWriteFile:
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -202,7 +209,7 @@ class _LocalWriteFile:
         self._begun += count
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        _flush(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -158,19 +158,21 @@ class LocalStore(Store):
     # Names
 
     def set_name(self, key: NameKey, manifest_id: str, *, replace: bool = False) -> None:
-        existing = self._point(key, manifest_id, lambda current: replace)
-        if existing != manifest_id:
+        free = (None, manifest_id)
+        existing = self._point(key, manifest_id, lambda current: replace or current in free)
+        if existing is not None and existing != manifest_id:
             raise NameTaken(f"there is a checkpoint {key} already", existing)
 
     def _move_name(self, key: NameKey, current: str, manifest_id: str) -> bool:
-        return self._point(key, manifest_id, lambda found: found == current) == manifest_id
+        expected = (current, manifest_id)
+        return self._point(key, manifest_id, lambda found: found in expected) == manifest_id
 
     def _point(
-        self, key: NameKey, manifest_id: str, may_replace: Callable[[str | None], bool]
-    ) -> str:
-        """Point a name to a manifest unless it must not replace what is there; what is there then.
+        self, key: NameKey, manifest_id: str, accepts: Callable[[str | None], bool]
+    ) -> str | None:
+        """Point a name to a manifest if that `accepts` what it points to; what it does then.
 
-        `may_replace` gets the id that the name points to, None for a damaged record.
+        A damaged record is replaced if the empty text, which is no id, is accepted.
         """
         manifest = self.read_manifest(manifest_id)
         if manifest.key != key:
@@ -183,12 +185,11 @@ class LocalStore(Store):
                 try:
                     current = self._current(self._disk.read_record(entry))
                 except CorruptName:
-                    if not may_replace(None):
+                    if not accepts(""):
                         raise
-                    current = None
-                if current not in (None, manifest_id) and not may_replace(current):
-                    assert current is not None
-                    return current
+                else:
+                    if not accepts(current):
+                        return current
                 if self._files.stat(self._disk.path("manifests", manifest_id)) is None:
                     raise MissingManifest(f"manifest {manifest_id} was removed meanwhile")
                 # Also when it points there already: whoever did that may not have synced it.

@@ -33,7 +33,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,255}")
 _MAX_COUNT = 1 << 62
-_MAX_FILES = 1000
+_MAX_FILES = 100
 
 
 def content_hash(data: bytes) -> str:
