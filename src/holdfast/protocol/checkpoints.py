@@ -150,6 +150,37 @@ class Checkpoint(Body):
     expires_at: Time | None = None
     step: int | None = None
     """optim_steps applied when it was saved; other servers omit it."""
+    own_bytes: int | None = None
+    """Those of `size_bytes` that no other checkpoint shares; other servers omit it."""
+
+
+class CheckpointFile(Body):
+    size: int
+    hash: Text
+    """blake3, in hex."""
+
+
+class CheckpointInfo(Checkpoint):
+    """Everything known about a checkpoint. Other servers have no such answer."""
+
+    manifest: Text
+    """The hash of all that is said here, and of the files."""
+    owner: str
+    base_model: str
+    base_revision: str
+    lora_rank: int
+    lora_alpha: float
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+    optimizer: str | None = None
+    """The optimizer's type; absent without optimizer state."""
+    pending_forward_backwards: int = 0
+    incomplete: str | None = None
+    """What the accumulated gradients lack."""
+    parent: str | None = None
+    """The manifest that it was copied or changed from."""
+    files: dict[str, CheckpointFile]
 
 
 class Cursor(Body):
@@ -169,12 +200,34 @@ class SetTtlRequest(Body):
     ttl_seconds: TtlSeconds | None = None
 
 
+class DeleteCheckpointsRequest(Body):
+    tinker_paths: Annotated[list[Path], Field(min_length=1, max_length=1000)]
+
+
+class DeleteCheckpointsResponse(Body):
+    """Each path is in one of the two."""
+
+    deleted: list[str]
+    failed: dict[str, str]
+    """What was wrong, by path."""
+
+
 class CopyWeightsRequest(Body):
     source_path: Path
     ttl_seconds: TtlSeconds | None = None
     destination_project_id: str | None = None
     session_id: Id | None = None
     model_seq_id: Counter | None = None
+
+    @model_validator(mode="after")
+    def _one_destination(self) -> Self:
+        if (self.session_id is None) != (self.model_seq_id is None):
+            raise ValueError("session_id and model_seq_id go together")
+        if self.session_id is not None and self.destination_project_id is not None:
+            raise ValueError(
+                "copy_weights takes destination_project_id, or session_id and model_seq_id"
+            )
+        return self
 
 
 class CopyWeightsResponse(Body):
