@@ -7,6 +7,7 @@ import dataclasses
 import time
 from contextlib import suppress
 
+from holdfast import failpoints
 from holdfast.engine.interface import EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load, OptimStep
@@ -27,6 +28,7 @@ IDLE_BEFORE_SNAPSHOT = 10.0
 IDLE_BEFORE_EVICTION = 300.0
 """Seconds without an operation after which a run leaves the worker's memory."""
 _BASE_MODEL_PAUSE = 5.0
+_MOST_ATTEMPTS = 3
 
 
 class Driver:
@@ -64,11 +66,36 @@ class Driver:
                 await self._publisher.snapshot()
         await self._publisher.settled()
 
-    async def keep_last_state(self, expires: float) -> None:
-        """Keep the state of a run that has ended as a checkpoint, if it was trained at all."""
-        position = self._run.order.position
-        if position >= 1 and self._placement.held and self._publisher.changed_at >= 1:
-            await self._publisher.keep_as(f"auto.{position}", expires)
+    async def keep_last_state(self, expires: float) -> bool:
+        """Keep the state of a run that has ended as a checkpoint, if it was trained at all.
+
+        False when a worker could not be given the state: its snapshots are what there is.
+        """
+        order = self._run.order
+        if order.reached < 1:
+            return True
+        for _ in range(_MOST_ATTEMPTS):
+            try:
+                if await self._catch_up():
+                    if self._publisher.changed_at >= 1:
+                        await self._publisher.keep_as(f"auto.{order.position}", expires)
+                    return True
+            except WorkerDied:
+                self._placement.lost()
+        return False
+
+    async def _catch_up(self) -> bool:
+        """Bring the state of a run that has ended to where it had been, if it is not there."""
+        order = self._run.order
+        if not await self._recovery.attach() and not await self._recovery.attach():
+            return False
+        while order.position < order.reached:
+            entry = order[order.position + 1]
+            await self._recovery.apply_late_marks()
+            await self._recovery.redo(entry)
+            self._passed(entry)
+        await self._recovery.apply_late_marks()
+        return True
 
     async def drop(self) -> None:
         """Take the state out of the worker's memory."""
@@ -175,6 +202,7 @@ class Driver:
                     await self._load(entry, Load.decode(body))
                 case _:
                     result = await self.compute(entry, body)
+                    failpoints.reach("operation.computed")
                     self._passed(entry)
                     run.settle(entry.seq, Outcome(entry.kind, result=result))
         except (EngineError, RunError) as error:
@@ -202,7 +230,7 @@ class Driver:
         self._passed(entry)  # a mark, or cleared gradients, is a change too
         self._run.settle(entry.seq, Outcome(entry.kind, failure=failure))
         if entry.seq == 0:
-            self._run.end(Failure("creation_failed", f"the run was not created: {failure.message}"))
+            self._run.creation_failed(failure)
 
     async def _worker_died(self, entry: Entry) -> None:
         run = self._run
@@ -271,11 +299,13 @@ class Driver:
         loaded = loading.loaded(manifest, config, optimizer=body.optimizer)
         base = self._publisher.manifest(loaded, info, entry.seq, parent=manifest_id)
         base_id = await run.services.checkpoints.publish(base)
+        failpoints.reach("load.published")
         try:
             await self.restore(manifest, config, body)
         except (EngineError, WorkerDied):
             await run.services.checkpoints.discard([base_id])
             raise
+        failpoints.reach("load.restored")
         run.info = dataclasses.replace(run.info, config=config)
         result = loading.result(body, manifest, loaded.state, info)
         self._passed(entry)

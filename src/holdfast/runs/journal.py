@@ -212,7 +212,10 @@ class Journaled:
 
 
 def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Journaled]:
-    """The operations after position `above`, in order; before it, unsettled and skipped ones."""
+    """The operations that matter after position `above`, in order.
+
+    Before it: unsettled ones, skipped ones, and late ones whose mark takes effect there.
+    """
     final = [State.DONE.value, State.FAILED.value]
     rows = connection.execute(
         sa.select(
@@ -222,7 +225,14 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
             operations.c.state,
             operations.c.mark_at,
         )
-        .where(_of(key) & ((operations.c.seq > above) | operations.c.state.not_in(final)))
+        .where(
+            _of(key)
+            & (
+                (operations.c.seq > above)
+                | operations.c.state.not_in(final)
+                | (operations.c.mark_at >= above)
+            )
+        )
         .order_by(operations.c.seq)
     )
     return [Journaled(Entry(r.seq, r.kind, r.body_hash, State(r.state)), r.mark_at) for r in rows]
@@ -327,6 +337,7 @@ def expire(connection: Connection, *, read_before: float) -> int:
                 (floors.c.run_id == operations.c.run_id)
                 & (floors.c.generation == operations.c.generation)
                 & (operations.c.seq <= floors.c.seq)
+                & (operations.c.mark_at.is_(None) | (operations.c.mark_at < floors.c.seq))
             )
         )
     )

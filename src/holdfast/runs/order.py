@@ -117,10 +117,14 @@ class Order:
         known = self._entries.get(seq)
         if known is None:
             return Accept.FORGOTTEN if seq <= self._floor else Accept.NEW
-        if known.body_hash is None and known.state is State.SKIPPED:
+        if known.state is State.SKIPPED:
             return Accept.LATE
         same = known.body_hash == body_hash and known.kind == kind
         return Accept.DUPLICATE if same else Accept.CONFLICT
+
+    def was_skipped(self, seq: int) -> bool:
+        """Whether a number was given up and has not come since."""
+        return seq in self._entries and self._entries[seq].state is State.SKIPPED
 
     def add(self, entry: Entry) -> None:
         """Enter a journaled operation: accepted, refused, skipped, or read back after a restart.
@@ -146,7 +150,7 @@ class Order:
         """A definite refusal was given: shortens the wait for gaps."""
         self._refused = True
 
-    def arrived_late(self, seq: int, kind: str, body_hash: str) -> int:
+    def arrived_late(self, seq: int, kind: str, body_hash: str | None) -> int:
         """Settle a skipped number's late request as failed.
 
         Returns the position at which that takes effect: after what has been passed, also where

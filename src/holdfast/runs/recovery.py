@@ -171,6 +171,9 @@ class Recovery:
 
     async def _redo_failure(self, entry: Entry, record: Record) -> None:
         assert record.failure is not None
+        if entry.seq == 0:  # the server went away before it had taken note of the run's end
+            self._run.creation_failed(record.failure)
+            return
         engine, _ = await self._placement.engine()
         if entry.kind == bodies.FORWARD_BACKWARD:
             # In the engine's words: a mark is part of the state, a replay must give it alike.

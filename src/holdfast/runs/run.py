@@ -12,6 +12,7 @@ from typing import TypeVar
 import structlog
 from sqlalchemy import Connection
 
+from holdfast import failpoints
 from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.engine.interface import RunConfig
 from holdfast.runs import journal
@@ -115,9 +116,15 @@ class Run:
         """Journal an operation and put it in its place; returns its request id.
 
         The same submission again gets the same answer. `first` is written before it, in the same
-        transaction. Raises RunError for a number that another
-        request has, and for a run that has ended; Unavailable when the journal took nothing.
+        transaction. Raises RunError for a number that another request has, and for a run that has
+        ended; Unavailable when the journal took nothing. A caller that goes away while it waits
+        takes nothing back: what is journaled is also put in its place.
         """
+        return await asyncio.shield(self._submit(seq, kind, body, first))
+
+    async def _submit(
+        self, seq: int, kind: str, body: bytes, first: Callable[[Connection], object] | None
+    ) -> str:
         async with self._submitting:
             body_hash = journal.digest(body)
             self.last_request = time.time()
@@ -135,7 +142,12 @@ class Run:
                     if known is not None and known != (kind, body_hash):
                         raise self._conflict(seq, known[0])
                 case Accept.LATE:
-                    await self._accept_late(seq, kind, body_hash)
+                    failure = Failure(
+                        "arrived_late",
+                        f"request {seq} of run {self.key} came after the run had stopped waiting "
+                        "for it and gone on; send it again with a new number",
+                    )
+                    await self._accept_late(seq, kind, body_hash, failure)
                 case Accept.DUPLICATE:
                     pass
         self.wake.set()
@@ -146,12 +158,17 @@ class Run:
 
         An operation that was accepted under that number stays as it is.
         """
+        await asyncio.shield(self._refuse(seq, kind, failure))
+
+    async def _refuse(self, seq: int, kind: str, failure: Failure) -> None:
         async with self._submitting:
             self.order.refused()
             if self.ended is None and seq not in self.order:
                 entry = Entry(seq, kind, None, State.FAILED)
                 await self._journal(entry, failure=failure)
                 self.order.add(entry)
+            elif self.order.was_skipped(seq):
+                await self._accept_late(seq, kind, None, failure)
         self.wake.set()
 
     async def _accept(
@@ -159,6 +176,7 @@ class Run:
     ) -> None:
         # It enters the order only when it is durable: what was not journaled is never executed.
         await self._journal(entry, body=body, first=first)
+        failpoints.reach("submission.journaled")
         self.order.add(entry)
         if self._bodies_size + len(body) <= _BODIES_IN_MEMORY:
             self._bodies[entry.seq] = body
@@ -176,16 +194,13 @@ class Run:
         self.order.refused()
         self.wake.set()
 
-    async def _accept_late(self, seq: int, kind: str, body_hash: str) -> None:
+    async def _accept_late(
+        self, seq: int, kind: str, body_hash: str | None, failure: Failure
+    ) -> None:
         # The mark takes effect now, so its place is journaled whatever it takes.
         position = self.order.arrived_late(seq, kind, body_hash)
         if kind == FORWARD_BACKWARD:
             self.order.add_late_mark(seq, position)
-        failure = Failure(
-            "arrived_late",
-            f"request {seq} of run {self.key} came after the run had stopped waiting for it and "
-            "gone on; send it again with a new number",
-        )
         entry, now = self.order[seq], time.time()
         await self.write_patiently(
             lambda c: journal.add(c, self.key, entry, now=now, failure=failure, mark_at=position)
@@ -300,6 +315,7 @@ class Run:
                 also(connection)
 
         await self.write_patiently(work)
+        failpoints.reach("outcome.recorded")
         self._recent.add(seq, outcome)
         self._recording.pop(seq, None)
         event = self._waiting.pop(seq, None)
@@ -375,6 +391,10 @@ class Run:
             )
         )
         self.wake.set()
+
+    def creation_failed(self, failure: Failure) -> None:
+        """End the run because its first operation failed."""
+        self.end(Failure("creation_failed", f"the run was not created: {failure.message}"))
 
     async def finish(self, reason: Failure) -> None:
         """End the run after the operation under way; those that are pending fail with `reason`."""

@@ -101,6 +101,11 @@ class Runs:
             for record in await self._records(runs.c.session_id == session.id):
                 if record.state == "live":
                     await self._take_up(session, record)
+        for session in await self.sessions.half_ended():
+            for record in await self._records(runs.c.session_id == session.id):
+                if record.state == "live":
+                    await self._take_up(session, record)
+            self._background(self._close_session(session.id, session.end_reason or "unknown"))
         self._background(self._housekeeping())
         self._background(self._sweeping())
 
@@ -395,11 +400,13 @@ class Runs:
         """End a run, keep its last state, and let it go."""
         run, driver = live.run, live.driver
         await run.finish(reason)
+        kept = state != "lost"
         if state == "unloaded":
             try:
                 expires = time.time() + self.lifetimes.last_state
-                await driver.keep_last_state(expires)
+                kept = await driver.keep_last_state(expires)
             except Exception as error:
+                kept = False
                 run.log.warning("the last state was not kept", error=str(error))
         await driver.drop()
         values = {
@@ -412,6 +419,8 @@ class Runs:
         )
         if self._live.get(run.key.id) is live:
             del self._live[run.key.id]
+        if not kept:  # whoever can repair it needs its snapshots
+            return
         points = await self.catalog.read(lambda c: journal.recovery_points(c, run.key))
         with suppress(RunError):
             await self.checkpoints.discard([manifest for _, manifest in points])
@@ -427,7 +436,8 @@ class Runs:
                 self.sessions.forgive(asleep)
             for session_id in self.sessions.silent():
                 _log.info("session expired", session=session_id)
-                await self.end_session(session_id, "expired")
+                with suppress(CatalogUnavailable):
+                    await self.end_session(session_id, "expired")
             for live in list(self._live.values()):
                 await live.run.note_read()
             before = time.time() - self.lifetimes.results_after_read

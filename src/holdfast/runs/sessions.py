@@ -51,6 +51,16 @@ class Sessions:
             self.seen(session.id)
         return found
 
+    async def half_ended(self) -> list[Session]:
+        """Sessions that ended, some of whose runs did not: the server was killed meanwhile."""
+        live = sa.select(runs.c.session_id).where(runs.c.state == "live")
+        rows = await self._catalog.read(
+            lambda c: c.execute(
+                sa.select(sessions).where(sessions.c.ended.is_not(None) & sessions.c.id.in_(live))
+            ).all()
+        )
+        return [Session(**row._mapping) for row in rows]
+
     async def create(
         self,
         owner: str,
