@@ -165,6 +165,16 @@ class Sessions:
             )
         )
 
+    async def set_project(self, session_id: str, project_id: str) -> None:
+        """Put a session into a project."""
+        await self._catalog.write(
+            lambda c: c.execute(
+                sessions.update()
+                .where(sessions.c.id == session_id)
+                .values(project_id=project_id)
+            )
+        )
+
     async def members(self, session_id: str) -> tuple[list[str], list[str]]:
         """Ids of a session's runs and of its samplers."""
 

@@ -45,6 +45,7 @@ _KINDS = {
     "optim_step": bodies.OPTIM_STEP,
     "save_weights": bodies.SAVE_WEIGHTS,
     "save_weights_for_sampler": bodies.SAVE_SAMPLER,
+    "save_weights_external": bodies.SAVE_EXTERNAL,
     "load_weights": bodies.LOAD_WEIGHTS,
 }
 """Operations that have a number, by the last part of their path."""

@@ -1,87 +1,86 @@
-"""A checkpoint as a tar archive: the same bytes every time, in any range."""
+"""What can be downloaded of a checkpoint: the same bytes every time, in any range."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from holdfast.store import Blob, Manifest, Store
-
-MANIFEST = "holdfast.json"
-"""The manifest's name in the archive: it has the size and hash of every other file."""
-
-_CHUNK = 1 << 20
+from holdfast.store import Archive, Manifest, Store
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Consecutive bytes of the archive: at hand, or a blob's."""
+@dataclass(frozen=True)
+class Download:
+    """A checkpoint's tar archive, or one of its files. Blobs are verified whenever they are read.
 
-    start: int
-    size: int
-    read: Callable[[], bytes]
+    Raises KeyError for a file that the checkpoint does not have.
+    """
 
+    store: Store
+    manifest: Manifest
+    file: str | None = None
+    """None for the archive."""
 
-class Archive:
-    """A manifest and its files. Blobs are verified whenever they are read."""
+    def __post_init__(self) -> None:
+        if self.file is not None:
+            self.manifest.files[self.file]
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
-        self._store = store
-        self.etag = manifest.id
-        self._parts: list[_Part] = []
-        self.size = 0
-        text = manifest.to_bytes()
-        self._add_file(MANIFEST, len(text), manifest.created, lambda: text)
-        for name, blob in sorted(manifest.files.items()):
-            self._add_file(name, blob.size, manifest.created, self._reader(manifest, name, blob))
-        self._add(tarfile.BLOCKSIZE * 2, lambda: bytes(tarfile.BLOCKSIZE * 2))
+    @property
+    def etag(self) -> str:
+        """Of these bytes, and no others."""
+        return self.manifest.id if self.file is None else self.manifest.files[self.file].hash
 
-    def read(self, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` up to, not including, `end`. Raises the store's errors."""
-        for part in self._parts:
-            first, last = max(start, part.start), min(end, part.start + part.size)
-            if first >= last:
-                continue
-            data = memoryview(part.read())
-            for at in range(first, last, _CHUNK):
-                yield bytes(data[at - part.start : min(at + _CHUNK, last) - part.start])
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._archive.size if self.file is None else self.manifest.files[self.file].size
+
+    @property
+    def media_type(self) -> str:
+        return "application/x-tar" if self.file is None else "application/octet-stream"
+
+    def read(self, start: int, stop: int) -> Generator[bytes]:
+        """The bytes from `start` up to, not including, `stop`. Raises the store's errors.
+
+        The manifest is pinned meanwhile: deleting the checkpoint does not break a download off.
+        """
+        with self.store.pin(self.manifest.id):
+            if self.file is None:
+                yield from self._archive.read(start, stop)
+            else:
+                blob = self.manifest.files[self.file]
+                what = f"{self.file} of {self.manifest.label}"
+                yield from self.store.stream_blob(blob, start, stop, what=what)
 
     def digest(self) -> str:
-        """The sha-256 of the whole archive, as a Repr-Digest field (RFC 9530)."""
-        return _digest(self)
+        """The sha-256 of all bytes, as a Repr-Digest field (RFC 9530). Reads all of them once."""
+        return _digest(_Key(self.etag, self))
+
+    @property
+    def _archive(self) -> Archive:
+        return Archive(self.store, self.manifest)
+
+
+class _Key:
+    """A download by what it is."""
+
+    def __init__(self, etag: str, download: Download) -> None:
+        self.etag = etag
+        self.download = download
 
     def __hash__(self) -> int:
         return hash(self.etag)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Archive) and other.etag == self.etag
-
-    def _reader(self, manifest: Manifest, name: str, blob: Blob) -> Callable[[], bytes]:
-        return lambda: self._store.read_blob(blob, what=f"{name} of {manifest.label}")
-
-    def _add_file(self, name: str, size: int, created: float, read: Callable[[], bytes]) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = size
-        info.mtime = int(created)
-        header = info.tobuf(tarfile.USTAR_FORMAT if size < 8 << 30 else tarfile.GNU_FORMAT)
-        self._add(len(header), lambda: header)
-        self._add(size, read)
-        padding = -size % tarfile.BLOCKSIZE
-        self._add(padding, lambda: bytes(padding))
-
-    def _add(self, size: int, read: Callable[[], bytes]) -> None:
-        self._parts.append(_Part(self.size, size, read))
-        self.size += size
+        return isinstance(other, _Key) and other.etag == self.etag
 
 
-@lru_cache(maxsize=64)
-def _digest(archive: Archive) -> str:
+@lru_cache(maxsize=256)
+def _digest(key: _Key) -> str:
     total = hashlib.sha256()
-    for chunk in archive.read(0, archive.size):
+    for chunk in key.download.read(0, key.download.size):
         total.update(chunk)
     return f"sha-256=:{base64.b64encode(total.digest()).decode()}:"
 

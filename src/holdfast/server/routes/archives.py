@@ -1,4 +1,4 @@
-"""Checkpoint archives: an address that is good for a while, and the bytes behind it."""
+"""Downloads of checkpoints: addresses that are good for a while, and the bytes behind them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -15,12 +16,14 @@ import structlog
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from holdfast.protocol.checkpoints import ArchiveUrlResponse
+from holdfast.protocol.checkpoints import ArchiveUrlResponse, ExternalWeightsUrlsResponse
 from holdfast.protocol.errors import PermissionDeniedError
-from holdfast.server.archive import Archive, parse_range
+from holdfast.runs.errors import RunError, not_found
+from holdfast.server.archive import Download, parse_range
 from holdfast.server.context import OwnerDep, RunsDep
 from holdfast.server.failures import refusal
 from holdfast.server.routes.checkpoints import ONE, Segment, named
+from holdfast.store import StoreError
 
 router = APIRouter()
 
@@ -41,27 +44,73 @@ async def archive(
     key = named(run_id, segment, name)
     manifest_id, _ = await runs.checkpoints.resolve(key, [owner])
     expires = int(time.time()) + GOOD_FOR
-    url = request.url_for("archive_content", manifest_id=manifest_id).include_query_params(
-        expires=expires, token=_token(manifest_id, expires)
-    )
-    return ArchiveUrlResponse(url=str(url), expires=datetime.fromtimestamp(expires, UTC)).to_json()
+    return ArchiveUrlResponse(
+        url=_address(request, manifest_id, None, expires), expires=_as_time(expires)
+    ).to_json()
+
+
+@router.get(ONE + "/external_weights_urls")
+async def external_weights_urls(
+    run_id: str, segment: Segment, name: str, request: Request, owner: OwnerDep, runs: RunsDep
+) -> dict[str, Any]:
+    """Where to fetch each file; the addresses need no key."""
+    key = named(run_id, segment, name)
+    if key.kind != "external_weights":
+        raise RunError(
+            "not_external_weights",
+            f"'tinker://{key}' is not a checkpoint of external weights, which alone have an "
+            "address per file; fetch its archive",
+        )
+    manifest_id, manifest = await runs.checkpoints.resolve(key, [owner])
+    expires = int(time.time()) + GOOD_FOR
+    urls = {file: _address(request, manifest_id, file, expires) for file in manifest.files}
+    return ExternalWeightsUrlsResponse(urls=urls, expires=_as_time(expires)).to_json()
+
+
+Expires = Annotated[int, Query()]
+Token = Annotated[str, Query()]
+Range = Annotated[str | None, Header(alias="range")]
+IfRange = Annotated[str | None, Header()]
 
 
 @router.get("/archives/{manifest_id}", name="archive_content")
-async def content(
+async def archive_content(
     manifest_id: str,
     runs: RunsDep,
-    expires: Annotated[int, Query()],
-    token: Annotated[str, Query()],
-    range_: Annotated[str | None, Header(alias="range")] = None,
-    if_range: Annotated[str | None, Header()] = None,
+    expires: Expires,
+    token: Token,
+    range_: Range = None,
+    if_range: IfRange = None,
 ) -> Response:
-    """The archive, or a range of it. Its ETag is the manifest's id, its digest is of the whole."""
-    if not hmac.compare_digest(token, _token(manifest_id, expires)) or expires < time.time():
-        raise PermissionDeniedError(
-            "this address of an archive is not good any more; ask for the archive again"
-        )
-    found = await _open(runs, manifest_id)
+    """The archive, or a range of it. Its digest is of the whole."""
+    _check_token(token, manifest_id, None, expires)
+    return await _answer(await _download(runs, manifest_id, None), range_, if_range)
+
+
+@router.get("/archives/{manifest_id}/{file}", name="file_content")
+async def file_content(
+    manifest_id: str,
+    file: str,
+    runs: RunsDep,
+    expires: Expires,
+    token: Token,
+    range_: Range = None,
+    if_range: IfRange = None,
+) -> Response:
+    """One file, or a range of it. Its digest is of the whole."""
+    _check_token(token, manifest_id, file, expires)
+    return await _answer(await _download(runs, manifest_id, file), range_, if_range)
+
+
+async def _download(runs: RunsDep, manifest_id: str, file: str | None) -> Download:
+    manifest = await runs.checkpoints.manifest(manifest_id)
+    try:
+        return Download(runs.checkpoints.store, manifest, file)
+    except KeyError:
+        raise not_found("file", str(file)) from None
+
+
+async def _answer(found: Download, range_: str | None, if_range: str | None) -> Response:
     etag = f'"{found.etag}"'
     headers = {
         "accept-ranges": "bytes",
@@ -82,28 +131,47 @@ async def content(
         _stream(found, found.read(start, end)),
         status_code=206 if part else 200,
         headers=headers,
-        media_type="application/x-tar",
+        media_type=found.media_type,
     )
 
 
-async def _open(runs: RunsDep, manifest_id: str) -> Archive:
-    return Archive(runs.checkpoints.store, await runs.checkpoints.manifest(manifest_id))
-
-
-async def _stream(archive: Archive, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def _stream(download: Download, chunks: Generator[bytes]) -> AsyncIterator[bytes]:
     # A blob that turns out to be damaged breaks the body off: its length is then wrong, which
     # every client notices.
-    while True:
-        try:
-            chunk = await asyncio.to_thread(next, chunks, None)
-        except Exception as error:
-            _log.error("an archive broke off", manifest=archive.etag, error=str(error))
-            raise
-        if chunk is None:
-            return
-        yield chunk
+    try:
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield chunk
+    except StoreError as error:
+        _log.error("a download broke off", manifest=download.manifest.id, error=str(error))
+        raise
+    finally:
+        # Lets go of the pin; a thread that still reads for a client that has gone does so itself.
+        with suppress(ValueError):
+            chunks.close()
 
 
-def _token(manifest_id: str, expires: int) -> str:
-    text = f"{manifest_id} {expires}".encode()
+def _address(request: Request, manifest_id: str, file: str | None, expires: int) -> str:
+    url = (
+        request.url_for("archive_content", manifest_id=manifest_id)
+        if file is None
+        else request.url_for("file_content", manifest_id=manifest_id, file=file)
+    )
+    token = _token(manifest_id, file, expires)
+    return str(url.include_query_params(expires=expires, token=token))
+
+
+def _check_token(token: str, manifest_id: str, file: str | None, expires: int) -> None:
+    good = hmac.compare_digest(token.encode(), _token(manifest_id, file, expires).encode())
+    if not good or expires < time.time():
+        raise PermissionDeniedError(
+            "this address of an archive is not good any more; ask for the archive again"
+        )
+
+
+def _token(manifest_id: str, file: str | None, expires: int) -> str:
+    text = f"{manifest_id} {file or ''} {expires}".encode()
     return hmac.new(_SECRET, text, hashlib.sha256).hexdigest()
+
+
+def _as_time(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

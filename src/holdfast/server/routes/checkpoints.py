@@ -10,29 +10,39 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from holdfast.engine.interface import OPTIMIZER_STATE
 from holdfast.protocol.checkpoints import (
     Checkpoint,
+    CheckpointFile,
+    CheckpointInfo,
     CheckpointsListResponse,
+    CopyWeightsRequest,
+    CopyWeightsResponse,
     Cursor,
+    DeleteCheckpointsRequest,
+    DeleteCheckpointsResponse,
     LoadWeightsRequest,
+    SaveWeightsExternalRequest,
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
     SetTtlRequest,
     WeightsInfoRequest,
     WeightsInfoResponse,
 )
+from holdfast.protocol.errors import InvalidPathError
 from holdfast.protocol.futures import FutureHandle
 from holdfast.protocol.paths import CheckpointPath, check_user_name
 from holdfast.protocol.training import OptimizerConfig
 from holdfast.runs import bodies
 from holdfast.runs.checkpoints import Checkpoint as Row
 from holdfast.runs.checkpoints import check_ttl
+from holdfast.runs.copies import Destination
+from holdfast.runs.errors import RunError
 from holdfast.server.context import Context, ContextDep, OwnerDep, RunsDep
 from holdfast.server.routes.models import check_optimizer
 from holdfast.server.submit import submit
-from holdfast.store import NameKey
+from holdfast.store import Manifest, NameKey
 
 router = APIRouter()
 
-Segment = Annotated[str, Path(pattern="^(weights|sampler_weights)$")]
+Segment = Annotated[str, Path(pattern="^(weights|sampler_weights|external_weights)$")]
 ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
 
@@ -64,6 +74,24 @@ async def save_weights_for_sampler(
         ).encode()
 
     return await submit(runs, owner, body.model_id, body.seq_id, bodies.SAVE_SAMPLER, encoded)
+
+
+@router.post("/save_weights_external")
+async def save_weights_external(
+    body: SaveWeightsExternalRequest, owner: OwnerDep, runs: RunsDep
+) -> dict[str, Any]:
+    def encoded() -> bytes:
+        check_ttl(body.ttl_seconds)
+        if body.age_encryption_recipients:
+            raise RunError(
+                "encryption_not_supported",
+                "age_encryption_recipients is set; this server does not encrypt checkpoints. Save "
+                "without it, and encrypt the files that you download",
+            )
+        name = check_user_name(body.path)
+        return bodies.SaveExternal(name=name, ttl_seconds=body.ttl_seconds).encode()
+
+    return await submit(runs, owner, body.model_id, body.seq_id, bodies.SAVE_EXTERNAL, encoded)
 
 
 @router.post("/load_weights")
@@ -110,6 +138,29 @@ async def load_weights(
     return FutureHandle(request_id=run.key.request_id(0), model_id=run.key.id).to_json()
 
 
+@router.post("/copy_weights")
+async def copy_weights(
+    body: CopyWeightsRequest, request: Request, owner: OwnerDep, context: ContextDep
+) -> dict[str, Any]:
+    """Copy a checkpoint into a run of its own; no bytes are moved."""
+    runs = context.runs
+    destination = None
+    if body.session_id is not None and body.model_seq_id is not None:
+        session = await runs.sessions.live(body.session_id, owner)
+        destination = Destination(session, body.model_seq_id)
+    token = request.headers.get("x-tinker-weights-access-token")
+    copied = await runs.copies.copy(
+        _key(body.source_path),
+        owner,
+        _readers(context, owner, token),
+        destination=destination,
+        project_id=body.destination_project_id,
+        ttl_seconds=body.ttl_seconds,
+        idempotency_key=request.headers.get("x-idempotency-key"),
+    )
+    return CopyWeightsResponse(tinker_path=f"tinker://{copied}").to_json()
+
+
 @router.post("/weights_info")
 async def weights_info(body: WeightsInfoRequest, owner: OwnerDep, runs: RunsDep) -> dict[str, Any]:
     _, manifest = await runs.checkpoints.resolve(_key(body.tinker_path), [owner])
@@ -149,6 +200,31 @@ async def list_of_run(run_id: str, owner: OwnerDep, runs: RunsDep) -> dict[str, 
     if not rows:
         await runs.record(run_id, owner)
     return CheckpointsListResponse(checkpoints=[as_wire(row) for row in rows]).to_json()
+
+
+@router.post("/checkpoints/delete")
+async def delete_many(
+    body: DeleteCheckpointsRequest, owner: OwnerDep, runs: RunsDep
+) -> dict[str, Any]:
+    """Delete each; what cannot be deleted does not keep the others."""
+    deleted: list[str] = []
+    failed: dict[str, str] = {}
+    for path in dict.fromkeys(body.tinker_paths):
+        try:
+            await runs.checkpoints.delete(_key(path), owner)
+            deleted.append(path)
+        except (RunError, InvalidPathError) as error:
+            failed[path] = error.message
+    return DeleteCheckpointsResponse(deleted=deleted, failed=failed).to_json()
+
+
+@router.get(ONE)
+async def info(
+    run_id: str, segment: Segment, name: str, owner: OwnerDep, runs: RunsDep
+) -> dict[str, Any]:
+    key = named(run_id, segment, name)
+    manifest_id, manifest = await runs.checkpoints.resolve(key, [owner])
+    return _info(key, manifest_id, manifest, await runs.checkpoints.own_size(key)).to_json()
 
 
 @router.delete(ONE, status_code=204)
@@ -197,6 +273,41 @@ def as_wire(row: Row) -> Checkpoint:
         user_metadata=None if row.user_metadata is None else dict(row.user_metadata),
         expires_at=None if row.expires is None else as_time(row.expires),
         step=row.step,
+        own_bytes=row.own_size,
+    )
+
+
+def _info(key: NameKey, manifest_id: str, manifest: Manifest, own: int) -> CheckpointInfo:
+    path = CheckpointPath.of(key.run, key.kind, key.name)
+    metadata, lora, mark = manifest.user_metadata, manifest.lora, manifest.incomplete
+    return CheckpointInfo(
+        checkpoint_id=path.checkpoint_id,
+        checkpoint_type=path.checkpoint_type,
+        time=as_time(manifest.created),
+        tinker_path=str(path),
+        size_bytes=manifest.size,
+        public=manifest.public,
+        user_metadata=None if metadata is None else dict(metadata),
+        expires_at=None if manifest.expires is None else as_time(manifest.expires),
+        step=manifest.step,
+        own_bytes=own,
+        manifest=manifest_id,
+        owner=manifest.owner,
+        base_model=manifest.base_model,
+        base_revision=manifest.base_revision,
+        lora_rank=lora.rank,
+        lora_alpha=lora.alpha,
+        train_attn=lora.train_attn,
+        train_mlp=lora.train_mlp,
+        train_unembed=lora.train_unembed,
+        optimizer=manifest.optimizer,
+        pending_forward_backwards=manifest.pending_forward_backwards,
+        incomplete=None if mark is None else mark.message,
+        parent=manifest.parent,
+        files={
+            file: CheckpointFile(size=blob.size, hash=blob.hash)
+            for file, blob in sorted(manifest.files.items())
+        },
     )
 
 
