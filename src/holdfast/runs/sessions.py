@@ -169,9 +169,7 @@ class Sessions:
         """Put a session into a project."""
         await self._catalog.write(
             lambda c: c.execute(
-                sessions.update()
-                .where(sessions.c.id == session_id)
-                .values(project_id=project_id)
+                sessions.update().where(sessions.c.id == session_id).values(project_id=project_id)
             )
         )
 
