@@ -491,7 +491,10 @@ class TrainingClient:
         return await unload_model(self._session, self.model_id)
 
     def close(self) -> None:
-        """Free the model at the server now, giving up what is still waiting. Idempotent."""
+        """Free the model at the server now, giving up what is still waiting. Idempotent.
+
+        >>> training_client.close()  # doctest: +SKIP
+        """
         if not self._closed:
             self._closed = True
             self._future(self._unload()).result()
