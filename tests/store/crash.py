@@ -155,6 +155,8 @@ class Process:
         self.die_at = die_at
         self.fail = fail or {}
         self.without = without
+        self.full = False
+        """Nothing can be written any more, but removed."""
         self.calls = 0
         self.log: list[str] = []
         self.left_out: list[int] = []
@@ -169,6 +171,8 @@ class Process:
         self.calls += 1
         self.disk.changes += name not in ("open", "read", "list", "stat", "lock", "is_locked")
         self.log.append(f"{name} {path}")
+        if self.full and name in ("create", "write", "link", "mkdir"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         if code := self.fail.get(self.calls - 1):
             raise OSError(code, os.strerror(code), path)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from holdfast.store import DiskFull, IOFailed, LocalStore, ReadOnly, Unavailable
+from holdfast.store import Blob, CorruptBlob, DiskFull, IOFailed, LocalStore, ReadOnly, Unavailable
 from tests.store.crash import Disk, Process
 from tests.store.model import ROOT, Actor, Clock, Promises, open_on
 from tests.store.samples import PLAIN, key_of
@@ -162,3 +162,23 @@ def test_permission_is_a_read_only_store() -> None:
     process = Process(Disk(), fail={3: errno.EACCES})
     with pytest.raises(ReadOnly, match="cannot be written"):
         LocalStore(ROOT, files=process)
+
+
+def test_a_full_disk_can_be_emptied() -> None:
+    """Deleting and sweeping need no room, so that they can make some."""
+    case = Case()
+    case.process.full = True
+    with pytest.raises(DiskFull):
+        case.actor.store.put_blob([b"x"])
+    delete(case.actor)
+    discard(case.actor)
+    case.actor.sweep(6, 100.0)
+    assert case.files("blobs") == case.files("manifests") == case.files("unnamed") == []
+    case.check(0)
+
+
+def test_a_blob_that_claims_a_huge_size_is_refused_before_memory_is_taken() -> None:
+    case = Case()
+    blob = case.actor.store.put_blob([b"x"])
+    with pytest.raises(CorruptBlob, match="has 1 bytes, 1125899906842624 were saved"):
+        case.actor.store.read_blob(Blob(blob.hash, 1 << 50), what="weights")

@@ -62,7 +62,8 @@ class StoreStates(RuleBasedStateMachine):
         self.known: dict[str, Manifest] = {}
         self.names: dict[NameKey, str] = {}
         self.unnamed: set[str] = set()
-        self.waiting: dict[str, float] = {}
+        self.waiting: dict[str, list[float]] = {}
+        """Until when a blob or manifest that waits to be referred to stays, for each put of it."""
         self.pins: dict[str, list[tuple[int, AbstractContextManager[Manifest]]]] = {}
         self.stores: list[Store] = []
 
@@ -90,7 +91,20 @@ class StoreStates(RuleBasedStateMachine):
         return name in manifests | blobs or self.waits(name)
 
     def waits(self, name: str) -> bool:
-        return self.waiting.get(name, -1.0) > self.clock.monotonic
+        return any(until > self.clock.monotonic for until in self.waiting.get(name, ()))
+
+    def wait_for(self, name: str) -> None:
+        self.waiting.setdefault(name, []).append(self.clock.monotonic + LONG)
+
+    def is_referred_to(self, *names: str) -> None:
+        """One wait of each is over; it may be that which would have lasted longest."""
+        for name in set(names):
+            if waiting := self.waiting.get(name):
+                waiting.remove(max(waiting))
+
+    def is_published(self, manifest: Manifest) -> None:
+        self.known[manifest.id] = manifest
+        self.is_referred_to(*(blob.hash for blob in manifest.files.values()))
 
     # What people do
 
@@ -105,7 +119,7 @@ class StoreStates(RuleBasedStateMachine):
         blob = self.stores[who].put_blob(parts())
         assert blob == Blob(content_hash(content), len(content))
         self.contents[blob] = content
-        self.waiting[blob.hash] = self.clock.monotonic + LONG
+        self.wait_for(blob.hash)
         return blob
 
     @rule(
@@ -148,11 +162,11 @@ class StoreStates(RuleBasedStateMachine):
         except MissingBlob:
             assert not all(self.is_kept(blob.hash) for blob in manifest.files.values())
             return multiple()
-        self.known[manifest.id] = manifest
+        self.is_published(manifest)
         if manifest.name is None:
             self.unnamed.add(manifest.id)
         else:
-            self.waiting[manifest.id] = self.clock.monotonic + LONG
+            self.wait_for(manifest.id)
         return manifest
 
     @rule(manifest=manifests, replacing=st.booleans(), who=WHO)
@@ -170,6 +184,7 @@ class StoreStates(RuleBasedStateMachine):
         else:
             assert replacing or existing in (None, manifest.id)
             self.names[manifest.key] = manifest.id
+            self.is_referred_to(manifest.id)
 
     @precondition(lambda self: self.names)
     @rule(data=st.data(), life=st.none() | st.just(50.0), public=st.booleans(), who=WHO)
@@ -183,7 +198,8 @@ class StoreStates(RuleBasedStateMachine):
             assert current is None
         else:
             assert current is not None
-            self.known[amended] = replace(self.known[current], expires=expires, public=public)
+            self.is_published(replace(self.known[current], expires=expires, public=public))
+            self.is_referred_to(amended)
             self.names[key] = amended
 
     @precondition(lambda self: self.names)

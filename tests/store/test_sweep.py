@@ -111,6 +111,14 @@ def test_a_blob_that_nobody_published_goes_after_an_hour(swept: Swept) -> None:
         swept.store.publish(manifest_of({WEIGHTS: blob}))
 
 
+def test_a_save_is_not_disturbed_by_another_one_of_the_same_content(swept: Swept) -> None:
+    blob = swept.store.put_blob([b"same"])
+    swept.store.discard(swept.save(b"same", name=None).id)
+    swept.sweep(*[70.0] * 9)
+    swept.store.publish(manifest_of({WEIGHTS: blob}, name=None))
+    assert swept.store.verify().ok
+
+
 def test_a_name_that_is_set_again_starts_its_time_anew(swept: Swept) -> None:
     swept.save(b"first", expires=swept.clock.wall - 1)
     swept.sweep(0.0, HOUR - 1)

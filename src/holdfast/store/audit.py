@@ -15,14 +15,15 @@ from holdfast.store.errors import (
     storage_errors,
 )
 from holdfast.store.model import Blob, Manifest, check_id
-from holdfast.store.transfer import verify_file
+from holdfast.store.transfer import check_size, verify_file
 
 
 def verify_manifest(disk: Disk, manifest: Manifest) -> VerifyReport:
     """Read the blobs of one manifest."""
     audit = _Audit(disk)
     audit.manifests = 1
-    audit.check_blobs(manifest)
+    manifest_id = manifest.id
+    audit.check_blobs(manifest, still=lambda: audit.is_there(manifest_id))
     return audit.report()
 
 
@@ -77,9 +78,10 @@ class _Audit:
         manifest = self._disk.read_manifest(directory, entry)
         if manifest is not None:
             self.manifests += 1
-            self.check_blobs(manifest, still=lambda: self._there(directory, entry))
+            self.check_blobs(manifest, still=lambda: self.is_there(entry))
 
-    def check_blobs(self, manifest: Manifest, still: Callable[[], bool] = lambda: True) -> None:
+    def check_blobs(self, manifest: Manifest, still: Callable[[], bool]) -> None:
+        """A blob that is gone is a problem only while the manifest is `still` there."""
         for name, blob in manifest.files.items():
             if self._seen.get(blob.hash) != blob.size:
                 with self.noting():
@@ -96,9 +98,11 @@ class _Audit:
         self._seen[blob.hash] = blob.size
         with storage_errors(f"reading {path}"), self._disk.open(path) as file:
             if file is not None:
+                check_size(file, blob, what, path)
                 verify_file(file, blob, what, path)
             elif still():
                 raise MissingBlob(f"{what} is missing: there is no {path}")
 
-    def _there(self, directory: str, entry: str) -> bool:
-        return self._disk.files.stat(self._disk.path(directory, entry)) is not None
+    def is_there(self, manifest_id: str) -> bool:
+        paths = (self._disk.path(directory, manifest_id) for directory in ("unnamed", "manifests"))
+        return any(self._disk.files.stat(path) is not None for path in paths)

@@ -80,8 +80,8 @@ class Store(ABC):
         """Write a blob, hashed on the way; durable when it returns.
 
         Equal content that is there already is replaced by what was written now, so nothing of
-        an older, perhaps damaged file is trusted. The blob stays until it is published, or for
-        at least an hour of server time.
+        an older, perhaps damaged file is trusted. The blob stays for an hour of server time at
+        least, or until it is published; put twice, until it is published twice.
         """
 
     @abstractmethod

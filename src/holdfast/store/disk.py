@@ -19,7 +19,7 @@ and pins matter only to running processes and need not survive a loss of power.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from uuid import uuid4
 
@@ -92,6 +92,7 @@ class Disk:
             finally:
                 with suppress(OSError):  # debris is swept later
                     file.close()
+                with suppress(OSError):
                     self.unlink(path)
 
     def sync_dir(self, directory: str) -> None:
@@ -142,11 +143,16 @@ class Disk:
         self.files.create(path).close()
         return path
 
-    def clear_fresh(self, contents: set[str]) -> None:
-        """Something durable refers to these now."""
+    def clear_fresh(self, contents: Iterable[str]) -> None:
+        """Something durable refers to these now: take back one mark of each.
+
+        Only one, since another save that put the same content may still be under way.
+        """
+        left = set(contents)
         with suppress(OSError):  # a mark that stays costs only time
             for entry in self.files.list(self.path("fresh")):
-                if entry.partition(".")[0] in contents:
+                if (content := entry.partition(".")[0]) in left:
+                    left.remove(content)
                     self.unlink(self.path("fresh", entry))
 
     def list(self, directory: str) -> list[str]:

@@ -21,11 +21,11 @@ from holdfast.store.errors import (
     StoreError,
     storage_errors,
 )
-from holdfast.store.files import Files, LocalFiles
+from holdfast.store.files import Files, LocalFiles, ReadFile
 from holdfast.store.model import Blob, Manifest, NameKey, check_id, content_hash
 from holdfast.store.records import NameRecord, file_name, run_prefix
 from holdfast.store.sweep import Sweeper
-from holdfast.store.transfer import read_verified, stream_verified, write_hashed
+from holdfast.store.transfer import check_size, read_verified, stream_verified, write_hashed
 
 
 class LocalStore(Store):
@@ -67,31 +67,36 @@ class LocalStore(Store):
         return blob
 
     def read_blob(self, blob: Blob, *, what: str) -> bytes:
-        buffer = bytearray(blob.size)
-        self.read_blob_into(blob, memoryview(buffer), what=what)
+        with self._open_blob(blob, what) as (file, path):
+            buffer = bytearray(blob.size)
+            read_verified(file, blob, memoryview(buffer), what, path)
         return bytes(buffer)
 
     def read_blob_into(self, blob: Blob, buffer: memoryview, *, what: str) -> None:
         view = buffer.cast("B")
         if len(view) != blob.size:
             raise InvalidValue(f"{what} has {blob.size} bytes, the buffer {len(view)}")
-        path = self._blob_path(blob)
-        with storage_errors(f"reading {what} from {path}"), self._disk.open(path) as file:
-            if file is None:
-                raise MissingBlob(f"{what} is missing: there is no {path}")
+        with self._open_blob(blob, what) as (file, path):
             read_verified(file, blob, view, what, path)
 
     def stream_blob(
         self, blob: Blob, start: int = 0, stop: int | None = None, *, what: str
     ) -> Iterator[bytes]:
-        path = self._blob_path(blob)
         stop = blob.size if stop is None else stop
         if not 0 <= start <= stop <= blob.size:
             raise InvalidValue(f"{what} has {blob.size} bytes, asked for {start} to {stop}")
+        with self._open_blob(blob, what) as (file, path):
+            yield from stream_verified(file, blob, start, stop, what, path)
+
+    @contextmanager
+    def _open_blob(self, blob: Blob, what: str) -> Iterator[tuple[ReadFile, str]]:
+        """A blob's file, of the right size, and its path."""
+        path = self._blob_path(blob)
         with storage_errors(f"reading {what} from {path}"), self._disk.open(path) as file:
             if file is None:
                 raise MissingBlob(f"{what} is missing: there is no {path}")
-            yield from stream_verified(file, blob, start, stop, what, path)
+            check_size(file, blob, what, path)
+            yield file, path
 
     def has_blob(self, blob: Blob) -> bool:
         path = self._blob_path(blob)
@@ -114,7 +119,7 @@ class LocalStore(Store):
                     self._disk.mark_fresh(manifest_id)
                 self._files.rename(temporary, self._disk.path(directory, manifest_id))
             self._disk.sync_dir(directory)
-            self._disk.clear_fresh({blob.hash for blob in manifest.files.values()})
+            self._disk.clear_fresh(blob.hash for blob in manifest.files.values())
         return manifest_id
 
     def read_manifest(self, manifest_id: str) -> Manifest:
@@ -195,7 +200,7 @@ class LocalStore(Store):
                 # Also when it points there already: whoever did that may not have synced it.
                 self._files.rename(temporary, self._disk.path("names", entry))
             self._disk.sync_dir("names")
-            self._disk.clear_fresh({manifest_id})
+            self._disk.clear_fresh([manifest_id])
         return manifest_id
 
     def resolve(self, key: NameKey) -> str | None:

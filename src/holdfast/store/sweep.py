@@ -22,11 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
 from uuid import uuid4
 
 from holdfast.store.base import SweepReport
 from holdfast.store.disk import SWEEP_STATE, Disk
-from holdfast.store.errors import Corrupt, UnsupportedFormat
+from holdfast.store.errors import Corrupt, Unavailable, UnsupportedFormat
 from holdfast.store.model import NameKey, canonical_json
 from holdfast.store.records import seal, unseal
 
@@ -70,11 +71,18 @@ class Sweeper:
         self._monotonic = monotonic
         self._id = uuid4().hex
         self._last = 0.0
+        self._unsaved: _State | None = None
+        """What could not be written: on a full disk, of all times, sweeping must go on."""
+        self._lock = Lock()
         self._references: dict[str, tuple[str, ...]] = {}
         """Manifest id -> hashes of its blobs. Manifests never change."""
 
     def sweep(self) -> SweepReport:
-        state = self._load()
+        with self._lock:
+            return self._sweep()
+
+    def _sweep(self) -> SweepReport:
+        state = self._unsaved or self._load()
         moment = self._monotonic()
         if state.sweeper == self._id:
             state.now += moment - self._last
@@ -90,7 +98,10 @@ class Sweeper:
         if any(self._ripe(path, state) for path in scan.candidates):
             with self._disk.removing():
                 report = self._remove(self._scan(), state)
-        self._save(state)
+        self._unsaved = state
+        with suppress(Unavailable):
+            self._save(state)
+            self._unsaved = None
         return report
 
     def _ripe(self, path: str, state: _State) -> bool:
@@ -142,7 +153,7 @@ class Sweeper:
         named = self._scan_names(scan)
         pinned = self._scan_locked(scan, "pins")
         self._scan_locked(scan, "tmp")
-        used = self._scan_references(scan, manifests)
+        used = self._scan_references(scan)
         if named is not None:
             keep = named | marked | pinned
             self._consider(scan, (f"manifests/{entry}" for entry in manifests if entry not in keep))
@@ -187,17 +198,14 @@ class Sweeper:
                     self._consider(scan, (path,))
         return held
 
-    def _scan_references(self, scan: _Scan, manifests: list[str]) -> set[str] | None:
+    def _scan_references(self, scan: _Scan) -> set[str] | None:
         """Hashes of all blobs that manifests refer to; None when a damaged one may refer to any."""
         known = self._references
         self._references = {}
         used: set[str] = set()
         whole = True
-        for directory, entries in (
-            ("manifests", manifests),
-            ("unnamed", self._disk.list("unnamed")),
-        ):
-            for entry in entries:
+        for directory in ("unnamed", "manifests"):  # the way discarding moves them
+            for entry in self._disk.list(directory):
                 references = known.get(entry)
                 if references is None:
                     try:

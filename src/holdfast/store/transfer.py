@@ -34,7 +34,7 @@ def write_hashed(file: WriteFile, parts: Iterable[bytes | memoryview]) -> Blob:
 
 
 def read_verified(file: ReadFile, blob: Blob, buffer: memoryview, what: str, path: str) -> None:
-    """Fill `buffer` with the blob's bytes; CorruptBlob unless size and hash are right."""
+    """Fill `buffer` with the bytes of a file of the right size; CorruptBlob on another hash."""
     pieces = (buffer[start : start + CHUNK] for start in range(0, blob.size, CHUNK))
     _read(file, blob, pieces, what, path)
 
@@ -59,7 +59,6 @@ def stream_verified(
         file.seek(start)
         yield from _read_pieces(file, start, stop, what, path)
         return
-    _check_size(file, blob, what, path)
     hasher = blake3(max_threads=blake3.AUTO)
     last = b""
     for piece in _read_pieces(file, 0, blob.size, what, path):
@@ -79,7 +78,8 @@ def _read_pieces(file: ReadFile, start: int, stop: int, what: str, path: str) ->
         yield bytes(buffer)
 
 
-def _check_size(file: ReadFile, blob: Blob, what: str, path: str) -> None:
+def check_size(file: ReadFile, blob: Blob, what: str, path: str) -> None:
+    """CorruptBlob unless a file has the blob's size; comes before anything else is read of it."""
     if file.size != blob.size:
         raise CorruptBlob(
             f"{what} is damaged: {path} has {file.size} bytes, {blob.size} were saved", path
@@ -92,7 +92,6 @@ def _check_hash(found: str, blob: Blob, what: str, path: str) -> None:
 
 
 def _read(file: ReadFile, blob: Blob, pieces: Iterable[memoryview], what: str, path: str) -> None:
-    _check_size(file, blob, what, path)
     with _Hasher(blake3.AUTO if blob.size > _INLINE else 1) as hasher:
         for piece in pieces:
             if file.readinto(piece) != len(piece):
