@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     Qwen3Config,
@@ -48,6 +49,7 @@ _SHAPE = {
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, tie_word_embeddings=True),
+    "gemma": lambda: GemmaConfig(**_SHAPE),
     "gemma2": lambda: Gemma2Config(
         **_SHAPE, query_pre_attn_scalar=8, sliding_window=16, final_logit_softcapping=5.0
     ),

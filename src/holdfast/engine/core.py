@@ -79,7 +79,7 @@ class Core:
             raise EngineError("invalid_seed", f"The seed {lora.seed} does not fit in 64 bits.")
         slot = self._slots.get(lora.rank, modules)
         weights = slot.initialise(lora.seed).to(self.base.device)
-        return self._install(run, TrainingState(config, modules, slot.layout, weights))
+        return self._install(run, self._new_state(config, modules, slot, weights))
 
     def restore(
         self, run: str, config: RunConfig, files: Mapping[str, Blob], *, optimizer: bool
@@ -106,7 +106,7 @@ class Core:
             )
         slot = self._slots.get(config.lora.rank, modules)
         weights = adapter.fill(slot.layout)
-        state = TrainingState(config, modules, slot.layout, weights.to(self.base.device))
+        state = self._new_state(config, modules, slot, weights.to(self.base.device))
         if optimizer:
             restore_optimizer(state, data[OPTIMIZER_STATE], self.base.info)
         return self._install(run, state)
@@ -219,6 +219,12 @@ class Core:
         if state is None:
             raise EngineError("unknown_run", f"The worker has no run {run!r}.", "server")
         return state
+
+    def _new_state(
+        self, config: RunConfig, modules: tuple[str, ...], slot: Slot, weights: Tensor
+    ) -> TrainingState:
+        short = self._slots.targets.short(modules)
+        return TrainingState(config, modules, short, slot.layout, weights)
 
     def _install(self, run: str, state: TrainingState) -> StateInfo:
         self.drop(run)

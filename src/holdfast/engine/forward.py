@@ -47,9 +47,15 @@ class Network:
         view._modules = {**self._model._modules, self._prefix: _Trunk(hidden_BWH)}
         return cast(Tensor, view(input_ids=None, use_cache=False).logits)
 
-    def whole(self, tokens_BW: Tensor) -> Tensor:
+    def whole(self, tokens_BW: Tensor, **cache: Any) -> Tensor:
         """Logits [B, W, V] of token ids by the model's undivided forward."""
-        return cast(Tensor, self._model(input_ids=tokens_BW, use_cache=False).logits)
+        return cast(Tensor, self._model(input_ids=tokens_BW, use_cache=bool(cache), **cache).logits)
+
+    def following(self, tokens_BW: Tensor, cache: Any) -> Tensor:
+        """Logits [B, V] of what follows, after the tokens in the cache and these."""
+        if not self.splits:
+            return self.whole(tokens_BW, past_key_values=cache)[:, -1]
+        return self.head(self.trunk(tokens_BW, past_key_values=cache)[:, -1:])[:, -1]
 
     @torch.no_grad()
     def _check_split(self) -> bool:
@@ -69,7 +75,15 @@ class _Trunk(nn.Module):
         self._hidden = hidden
 
     def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
+        return _TrunkOutput(last_hidden_state=self._hidden)
+
+
+class _TrunkOutput(BaseModelOutputWithPast):  # type: ignore[misc]
+    """Has nothing of the further outputs that some heads pass on (router logits, …)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class _TargetLogprobs(torch.autograd.Function):

@@ -145,12 +145,12 @@ class Sampler:
             cache = DynamicCache(config=self._base.model.config)
             for start, stop in _prefill_blocks(len(prompt), self._budget):
                 tokens = prompt[None, start:stop].to(self._network.device)
-                hidden = self._network.trunk(tokens, past_key_values=cache)
-            hidden = hidden[:, -1:].repeat_interleave(count, 0)
+                logits_BV = self._network.following(tokens, cache)
             if count > 1:
+                logits_BV = logits_BV.repeat_interleave(count, 0)
                 cache.batch_repeat_interleave(count)
         for position in range(limit):
-            logits_BV = self._network.head(hidden)[:, -1].float()
+            logits_BV = logits_BV.float()
             logprobs_BV = torch.log_softmax(logits_BV, -1)
             chosen = [
                 _draw(logits_BV[i], request.temperature, request.top_k, request.top_p, d.generator)
@@ -169,7 +169,7 @@ class Sampler:
             if all(draft.stop_reason for draft in drafts) or position == limit - 1:
                 break
             tokens = torch.tensor(chosen, device=self._network.device)[:, None]
-            hidden = self._network.trunk(tokens, past_key_values=cache)
+            logits_BV = self._network.following(tokens, cache)
         return [draft.finished(k) for draft in drafts]
 
     def _stops(self, request: SampleRequest) -> tuple[frozenset[int], list[str]]:

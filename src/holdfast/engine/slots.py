@@ -69,6 +69,8 @@ class Targets:
     attn: tuple[str, ...]
     mlp: tuple[str, ...]
     unembed: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    """Linear layers that no run adapts."""
 
     def select(self, config: LoraConfig) -> tuple[str, ...]:
         """The modules that a run trains, sorted. Raises EngineError when there are none."""
@@ -91,6 +93,19 @@ class Targets:
             )
         return tuple(chosen)
 
+    def short(self, modules: tuple[str, ...]) -> list[str]:
+        """`target_modules` for PEFT: the modules' last names where these mean no others.
+
+        Programs that serve adapters know layers by such names.
+        """
+        names = {module.rsplit(".", 1)[-1] for module in modules}
+        meant = {
+            module
+            for module in (*self.attn, *self.mlp, *self.unembed, *self.others)
+            if module.rsplit(".", 1)[-1] in names
+        }
+        return sorted(names) if meant == set(modules) else list(modules)
+
 
 def find_targets(model: Any) -> Targets:
     """Sort the linear layers of the decoder layers into attention and MLP, and find the head."""
@@ -98,32 +113,35 @@ def find_targets(model: Any) -> Targets:
     layers = _decoder_layers(model)
     attn: list[str] = []
     mlp: list[str] = []
+    unembed: list[str] = []
+    others: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module is head:
+        if not isinstance(module, nn.Linear | Conv1D):
             continue
-        if not any(name.startswith(layer) for layer in layers):
-            continue
-        inside = name.rsplit(".", 1)
-        if inside[-1] in _ROUTERS:
-            continue
-        (attn if _ATTENTION.search(name) else mlp).append(name)
-    unembed = [n for n, m in model.named_modules() if m is head and isinstance(m, nn.Linear)]
-    return Targets(tuple(attn), tuple(mlp), tuple(unembed))
+        if module is head:
+            unembed.append(name)
+        elif name.rsplit(".", 1)[-1] in _ROUTERS or not name.startswith(layers):
+            others.append(name)
+        elif _ATTENTION.search(name):
+            attn.append(name)
+        else:
+            mlp.append(name)
+    return Targets(tuple(attn), tuple(mlp), tuple(unembed), tuple(others))
 
 
-def _decoder_layers(model: Any) -> list[str]:
+def _decoder_layers(model: Any) -> tuple[str, ...]:
     """Prefixes of the decoder layers: the elements of the longest list of modules.
 
     Ties go to the shortest name, so that a list inside a layer is not taken for the layers.
     """
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
-        return []
+        return ()
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = {id(m) for m in decoder.modules()} if decoder is not None else set()
     lists = [(n, m) for n, m in lists if id(m) in inside] or lists
     name, modules = max(lists, key=lambda item: (len(item[1]), -len(item[0])))
-    return [f"{name}.{index}." for index in range(len(modules))]
+    return tuple(f"{name}.{index}." for index in range(len(modules)))
 
 
 class Slot:

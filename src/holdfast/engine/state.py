@@ -41,11 +41,18 @@ class TrainingState:
     """Everything of a run that its next steps depend on, apart from any PEFT slot."""
 
     def __init__(
-        self, config: RunConfig, modules: tuple[str, ...], layout: Layout, weights: Tensor
+        self,
+        config: RunConfig,
+        modules: tuple[str, ...],
+        target_modules: list[str],
+        layout: Layout,
+        weights: Tensor,
     ) -> None:
         self.config = config
         self.modules = modules
         """The adapted modules."""
+        self.target_modules = target_modules
+        """What PEFT's configuration calls them."""
         self.layout = layout
         self.weights = weights
         """float32 [layout.size]"""
@@ -179,7 +186,7 @@ def _adapter_config(state: TrainingState, base: BaseModelInfo) -> bytes:
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=alpha,
-        target_modules=sorted({module.rsplit(".", 1)[-1] for module in state.modules}),
+        target_modules=state.target_modules,
         base_model_name_or_path=base.name,
         task_type="CAUSAL_LM",
         inference_mode=True,
