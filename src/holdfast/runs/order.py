@@ -81,7 +81,6 @@ class Order:
         self._floor = floor
         self._entries: dict[int, Entry] = {}
         self._highest = position
-        self._last_kind = ""
         self._refused = False
         self._gap: tuple[int, float] | None = None
         self._late_marks: dict[int, list[int]] = {}
@@ -194,7 +193,6 @@ class Order:
         assert seq == self.position + 1
         self.position = seq
         self._reached = max(self._reached, seq)
-        self._last_kind = self._entries[seq].kind
 
     def settle(self, seq: int, state: State) -> None:
         """The entry's outcome is final."""
@@ -233,4 +231,6 @@ class Order:
             return GAP_LEASE_AFTER_REFUSAL
         if not self.elixir:
             return GAP_LEASE
-        return GAP_LEASE_ELIXIR_FORWARD if self._last_kind == "forward" else GAP_LEASE_ELIXIR
+        last = self._entries.get(self.position)
+        after_forward = last is not None and last.kind == "forward"
+        return GAP_LEASE_ELIXIR_FORWARD if after_forward else GAP_LEASE_ELIXIR
