@@ -1,0 +1,366 @@
+"""A server's runs in a simulated world: one thread, virtual time, and death at any point.
+
+The service, the SQL and the store are the real ones. Replaced are the event loop's clock (waiting
+costs nothing: time jumps to the next timer), the threads (their work is done in the loop, after a
+pause) and the worker processes (toy engines). So every interleaving follows from a seed, and a
+wait that nothing can end is found at once.
+
+Time passes by pauses that a random generator draws; at every *point* (a call that changes a file,
+a commit, a step of an engine) the server can be killed. A killed server executes nothing more:
+its tasks are abandoned, and another server is started over the same files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import selectors
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from unittest import mock
+
+import sqlalchemy as sa
+
+from holdfast.catalog import Catalog, CatalogUnavailable, database
+from holdfast.engine.interface import WorkerDied
+from holdfast.runs import (
+    checkpoints,
+    driver,
+    engines,
+    publishing,
+    recovery,
+    run,
+    samplers,
+    service,
+    sessions,
+)
+from holdfast.runs.engines import Engines
+from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.service import Runs
+from holdfast.store import LocalStore
+from holdfast.store.files import LocalFiles, WriteFile
+
+from .toy import NAME, ToyEngine, base_info
+
+T = TypeVar("T")
+
+_TIMED = (
+    checkpoints,
+    driver,
+    engines,
+    publishing,
+    recovery,
+    run,
+    samplers,
+    service,
+    sessions,
+)
+"""The modules that read the clock."""
+
+
+class Killed(SystemExit):
+    """The server was killed. Not an Exception: nothing catches it, the loop stops at once."""
+
+
+class Stuck(AssertionError):
+    """Somebody waits, and nothing will ever happen."""
+
+
+class Clock:
+    """Virtual time."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1.7e9 + self.now
+
+
+class _Selector(selectors.SelectSelector):
+    """Instead of waiting, lets time pass."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0)
+        if ready:
+            return ready
+        if timeout is None:
+            raise Stuck("the server waits for something that nothing will bring about")
+        self._clock.now += max(0.0, timeout)
+        return []
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    def __init__(self, clock: Clock) -> None:
+        self._virtual = clock
+        self.abandoned = False
+        super().__init__(_Selector(clock))
+        self.set_exception_handler(_without_the_killed)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        handle = super().call_soon(callback, *args, context=context)
+        if self.abandoned:
+            handle.cancel()
+        return handle
+
+    def abandon(self) -> None:
+        """Drop every task where it stands."""
+        self.abandoned = True
+        tasks = asyncio.all_tasks(self)
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            with suppress(RuntimeError):
+                task.get_coro().close()
+        self.close()
+
+
+def _without_the_killed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), Killed):
+        loop.default_exception_handler(context)
+
+
+class SimCatalog(Catalog):
+    """The catalog without its thread: the same transactions, committed in the event loop."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._engine = sa.create_engine(f"sqlite+pysqlite:///{world.root / 'catalog.db'}")
+        database._configure_sqlite(self._engine)
+        self._writer = self._engine.connect()
+        self._batch: list[database._Work[Any]] = []
+
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        if not self._batch:
+            loop.call_later(self._world.pause("commit"), self._commit)
+        self._batch.append(database._Work(work, loop, future))
+        return await future
+
+    async def read(self, work: Callable[[sa.Connection], T]) -> T:
+        await asyncio.sleep(self._world.pause("read"))
+        return self.read_now(work)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._engine.dispose()
+
+    def _commit(self) -> None:
+        batch, self._batch = self._batch, []
+        if self._world.refuse_commits > 0:
+            self._world.refuse_commits -= 1
+            for item in batch:
+                item.error = CatalogUnavailable("database is locked")
+            database._resolve(batch)
+            return
+        self._world.point("commit")
+        database._commit(self._writer, batch)
+        self._world.point("committed")
+
+
+class _Files(LocalFiles):
+    """The disk, with a point before and after each call that changes something."""
+
+    def __init__(self, point: Callable[[str], None]) -> None:
+        self._point = point
+
+    def create(self, path: str) -> WriteFile:
+        with self._around("create"):
+            return super().create(path)
+
+    def rename(self, old: str, new: str) -> None:
+        with self._around("rename"):
+            super().rename(old, new)
+
+    def unlink(self, path: str) -> None:
+        with self._around("unlink"):
+            super().unlink(path)
+
+    def sync_dir(self, path: str) -> None:
+        """Without the sync: here processes die, not machines."""
+
+    @contextmanager
+    def _around(self, what: str) -> Iterator[None]:
+        self._point(what)
+        yield
+        self._point(what)
+
+
+class World:
+    """The files of a server, and the server that runs over them."""
+
+    def __init__(self, seed: int) -> None:
+        shared = Path("/dev/shm")
+        self.root = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
+        self.random = random.Random(seed)
+        self.clock = Clock()
+        self.kill_in: int | None = None
+        """Points after which the server is killed."""
+        self.die_in: int | None = None
+        """Steps of an engine after which the worker dies."""
+        self.refuse_commits = 0
+        """How many commits the database refuses from now on."""
+        self.kills = 0
+        self.lives: list[ToyEngine] = []
+        self.fingerprint: dict[str, Any] = {"toy": 1}
+        self._quiet = False
+        self._patches: list[Any] = [mock.patch.object(m, "time", self._time()) for m in _TIMED]
+        self._patches.append(mock.patch("asyncio.to_thread", self._to_thread))
+        for patch in self._patches:
+            patch.start()
+        shutil.copy(_migrated_catalog(), self.root / "catalog.db")
+        self.boot()
+
+    # --- Life and death ----------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Start a server over the files."""
+        self.loop = _Loop(self.clock)
+        self.store = LocalStore(
+            self.root / "store",
+            files=_Files(self.point),
+            wall=self.clock.time,
+            monotonic=self.clock.monotonic,
+        )
+        self.catalog = SimCatalog(self)
+        self.runs = Runs(self.catalog, self.store, Engines([NAME], self._start_engine))
+        self.loop.run_until_complete(self.runs.start())
+
+    def kill(self) -> None:
+        """kill -9: nothing of the server is executed any more. Starts another one."""
+        self.kills += 1
+        self.kill_in = self.die_in = None
+        self.refuse_commits = 0
+        self._quiet = True
+        self.loop.abandon()
+        self.catalog.close()
+        self._quiet = False
+        self.boot()
+
+    def restart(self) -> None:
+        """Stop in good order and start again."""
+        try:
+            self.loop.run_until_complete(self.runs.stop())
+        except Killed:
+            self.kill()
+            return
+        self._quiet = True
+        self.loop.abandon()
+        self.catalog.close()
+        self._quiet = False
+        self.boot()
+
+    def close(self) -> None:
+        self._quiet = True
+        self.kill_in = None
+        self.loop.abandon()
+        self.catalog.close()
+        for patch in self._patches:
+            patch.stop()
+        shutil.rmtree(self.root)
+
+    def kill_worker(self) -> None:
+        """The newest worker ends between two of its steps."""
+        if self.lives:
+            self.lives[-1].kill()
+
+    # --- What the test does ------------------------------------------------------------------
+
+    def do(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What a client does: ask, and ask again when no answer comes, however often it takes.
+
+        A definite error (RunError) is raised.
+        """
+        while True:
+            try:
+                return self.loop.run_until_complete(_as_coroutine(call))
+            except Killed:
+                self.kill()
+            except (Unavailable, CatalogUnavailable):
+                self.let(0.1)
+
+    def let(self, seconds: float) -> None:
+        """Let the server run for a while."""
+        until = self.clock.now + seconds
+        while (left := until - self.clock.now) > 0:
+            try:
+                self.loop.run_until_complete(asyncio.sleep(left))
+            except Killed:
+                self.kill()
+
+    # --- What happens ------------------------------------------------------------------------
+
+    def point(self, what: str) -> None:
+        if self._quiet or self.kill_in is None:
+            return
+        self.kill_in -= 1
+        if self.kill_in < 0:
+            self.kill_in = None
+            raise Killed(what)
+
+    def pause(self, what: str) -> float:
+        """Seconds that something takes, all of them short beside the leases."""
+        longest = {"forward_backward": 0.6, "optim_step": 0.3, "forward": 0.3}.get(what, 0.01)
+        return self.random.choice((0.0, 0.001, longest))
+
+    def _engine_point(self, what: str) -> None:
+        self.point(what)
+        if self.die_in is not None and what != "ready":
+            self.die_in -= 1
+            if self.die_in < 0:
+                self.die_in = None
+                raise WorkerDied(f"at {what}")
+
+    async def _start_engine(self, name: str) -> ToyEngine:
+        assert name == NAME
+        engine = ToyEngine(
+            self.store,
+            self._engine_point,
+            self.pause,
+            base_info(self.fingerprint),
+            self.clock.monotonic,
+        )
+        self.lives.append(engine)
+        return engine
+
+    async def _to_thread(self, call: Callable[..., Any], *args: Any) -> Any:
+        await asyncio.sleep(self.pause("thread"))
+        return call(*args)
+
+    def _time(self) -> SimpleNamespace:
+        return SimpleNamespace(time=self.clock.time, monotonic=self.clock.monotonic)
+
+
+async def _as_coroutine(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
+
+
+_template: Path | None = None
+
+
+def _migrated_catalog() -> Path:
+    """An empty catalog: migrating takes longer than a whole example."""
+    global _template
+    if _template is None:
+        _template = Path(tempfile.mkdtemp()) / "catalog.db"
+        Catalog.open_file(_template).close()
+    return _template
+
+
+__all__ = ["Clock", "Killed", "RunError", "SimCatalog", "Stuck", "World"]

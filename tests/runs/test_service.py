@@ -1,0 +1,592 @@
+"""Runs under every interleaving that a search finds, against a sequential model.
+
+A Hypothesis state machine chooses what clients do and what goes wrong; the world it happens in
+(`sim`) has one thread and virtual time, so that an interleaving follows from what was chosen and
+a failing one is shrunk to a few steps. The pauses of disk, database and engine come from a seed
+that Hypothesis chooses too.
+
+`HOLDFAST_EXAMPLES` sets the number of examples, of 60 steps each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import structlog
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from holdfast.catalog.tables import operations
+from holdfast.engine.interface import ADAPTER_WEIGHTS, OPTIMIZER_STATE, LoraConfig, RunConfig
+from holdfast.runs import bodies
+from holdfast.runs.bodies import Body, CreateFromState, Load, OptimStep, Save, SaveSampler
+from holdfast.runs.errors import RunError
+from holdfast.runs.journal import Failure, Outcome
+from holdfast.runs.run import Run
+from holdfast.runs.sessions import Session
+from holdfast.store import NameKey
+
+from .model import KEPT_AFTER_READ, ModelRun, Names, Op, agree
+from .sim import World
+from .toy import NAME, ToyState, batch
+
+EXAMPLES = int(os.environ.get("HOLDFAST_EXAMPLES", "60"))
+OWNER = "local"
+DEFECTS = ("driver failed", "publishing failed", "background work failed", "a defect")
+
+numbers = st.integers(0, 1 << 16)
+names = st.sampled_from(["a", "b", "c"])
+
+
+def steps(rate: float = 0.5) -> OptimStep:
+    return OptimStep(rate, 0.9, 0.95, 1e-12, 0.0, 0.0)
+
+
+class Clients(RuleBasedStateMachine):
+    """What clients do, what happens to the server, and what must be true of the answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logs = structlog.testing.capture_logs()
+        self.events = self.logs.__enter__()
+        self.world: World | None = None
+        self.sessions: list[Session] = []
+        self.all: list[ModelRun] = []
+        self.names: Names = {}
+        self.deaths_since_quiet = 0
+        self.count = 0
+
+    @initialize(seed=numbers, client=st.sampled_from(["python", "elixir"]))
+    def begin(self, seed: int, client: str) -> None:
+        self.world = World(seed)
+        self.open_session(client)
+        self.create(0, 1)
+
+    # --- Sessions and runs -------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.sessions) < 2)
+    @rule(client=st.sampled_from(["python", "elixir"]))
+    def open_session(self, client: str) -> None:
+        self.count += 1
+        key = f"session {self.count}"
+        self.sessions.append(
+            self._do(
+                lambda: self._world.runs.sessions.create(
+                    OWNER,
+                    client=client,
+                    idempotency_key=key,
+                    sdk_version=None,
+                    tags=[],
+                    user_metadata=None,
+                    project_id=None,
+                    display_name=None,
+                )
+            )
+        )
+
+    @precondition(lambda self: self.sessions and len(self.all) < 5)
+    @rule(pick=numbers, rank=st.sampled_from([1, 1, 2]))
+    def create(self, pick: int, rank: int) -> None:
+        session = self.sessions[pick % len(self.sessions)]
+        self.count += 1
+        number, key = self.count, f"create {self.count}"
+        lora: dict[str, Any] = {"rank": rank, "seed": pick}
+
+        async def call() -> Run:
+            return await self._world.runs.create(
+                session,
+                number,
+                base_model=NAME,
+                lora=lora,
+                optimizer="adamw",
+                user_metadata=None,
+                idempotency_key=key,
+            )
+
+        run = self._do(call)
+        assert self._do(call).key == run.key, "a repeated creation made another run"
+        config = RunConfig(NAME, LoraConfig(rank=rank, seed=pick))
+        self._add_run(run, session, bodies.Create.of(config))
+
+    @precondition(lambda self: self.sessions and len(self.all) < 5 and self._stable())
+    @rule(pick=numbers, optimizer=st.booleans(), exists=st.sampled_from([True, True, False]))
+    def create_from_state(self, pick: int, optimizer: bool, exists: bool) -> None:
+        session = self.sessions[pick % len(self.sessions)]
+        stable = self._stable()
+        key = stable[pick % len(stable)]
+        name = key.name if exists else "nowhere"
+        body = CreateFromState(key.run, key.kind, name, optimizer, [OWNER])
+        self.count += 1
+        number, idempotency = self.count, f"create {self.count}"
+        run = self._do(
+            lambda: self._world.runs.create_from_state(
+                session, number, body, user_metadata=None, idempotency_key=idempotency
+            )
+        )
+        model = self._add_run(run, session, body)
+        if not exists or key.kind != "weights":
+            model.ending = "creation_failed"
+
+    def _add_run(self, run: Run, session: Session, body: Body) -> ModelRun:
+        model = ModelRun(run.key.id, session.client, self.names)
+        model.add(Op(0, body.kind, body, request_id=run.key.request_id(0)), self._now)
+        self.all.append(model)
+        return model
+
+    # --- Operations --------------------------------------------------------------------------
+
+    @precondition(lambda self: self._open())
+    @rule(
+        pick=numbers,
+        kind=st.sampled_from([bodies.FORWARD_BACKWARD] * 3 + [bodies.FORWARD]),
+        x=numbers,
+        odd=st.sampled_from([None] * 7 + ["fail", "oom", "kills", "not_finite"]),
+    )
+    def compute(self, pick: int, kind: str, x: int, odd: str | None) -> None:
+        code = {"fail": "invalid_datum", "oom": "out_of_memory"}.get(odd or "")
+        if odd == "kills" and self.deaths_since_quiet:
+            odd = None  # deaths by chance would fail its neighbours
+        body = batch(x, fail=code, kills=odd == "kills", not_finite=odd == "not_finite")
+        self._submit(self._pick(pick), kind, body)
+
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers, rate=st.sampled_from([0.1, 0.1, 0.2, -1.0]))
+    def optim_step(self, pick: int, rate: float) -> None:
+        self._submit(self._pick(pick), bodies.OPTIM_STEP, steps(rate))
+
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers, count=st.integers(2, 5))
+    def train(self, pick: int, count: int) -> None:
+        run = self._pick(pick)
+        for i in range(count):
+            self._submit(run, bodies.FORWARD_BACKWARD, batch(pick + i))
+            self._submit(run, bodies.OPTIM_STEP, steps())
+
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers, name=names, overwrite=st.booleans(), sampler=st.sampled_from([0, 0, 1]))
+    def save(self, pick: int, name: str, overwrite: bool, sampler: int) -> None:
+        run = self._pick(pick)
+        key = NameKey(run.id, "sampler_weights" if sampler else "weights", name)
+        if self._foreign_readers(key):
+            return
+        if sampler:
+            self._submit(run, bodies.SAVE_SAMPLER, SaveSampler(name))
+        else:
+            self._submit(run, bodies.SAVE_WEIGHTS, Save(name, None, overwrite))
+
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers, name=names, optimizer=st.booleans())
+    def load_own(self, pick: int, name: str, optimizer: bool) -> None:
+        run = self._pick(pick)
+        self._submit(run, bodies.LOAD_WEIGHTS, Load(run.id, "weights", name, optimizer, [OWNER]))
+
+    @precondition(lambda self: self._open() and self._stable())
+    @rule(pick=numbers, which=numbers, optimizer=st.booleans())
+    def load_any(self, pick: int, which: int, optimizer: bool) -> None:
+        stable = self._stable()
+        key = stable[which % len(stable)]
+        body = Load(key.run, key.kind, key.name, optimizer, [OWNER])
+        self._submit(self._pick(pick), bodies.LOAD_WEIGHTS, body)
+
+    @precondition(lambda self: self._stable())
+    @rule(which=numbers)
+    def delete(self, which: int) -> None:
+        stable = [k for k in self._stable() if not self._readers(k)]
+        if not stable:
+            return
+        key = stable[which % len(stable)]
+        try:
+            self._do(lambda: self._world.runs.checkpoints.delete(key, OWNER))
+        except RunError as error:  # deleted by an attempt that was killed before it answered
+            assert error.code == "checkpoint_not_found" and self._world.kills
+        del self.names[key]
+
+    # --- Disorder ----------------------------------------------------------------------------
+
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers)
+    def leave_a_gap(self, pick: int) -> None:
+        run = self._pick(pick)
+        self._submit(run, bodies.FORWARD_BACKWARD, batch(pick), seq=run.highest + 2)
+
+    @precondition(lambda self: self._open())
+    @rule(
+        pick=numbers,
+        which=numbers,
+        kind=st.sampled_from([bodies.FORWARD_BACKWARD, bodies.OPTIM_STEP]),
+    )
+    def fill_a_gap(self, pick: int, which: int, kind: str) -> None:
+        run = self._pick(pick)
+        open_ = run.holes + [n for n in run.ops if run.skipped(n)]
+        if open_:
+            body: bytes | Body = steps() if kind == bodies.OPTIM_STEP else batch(which)
+            self._submit(run, kind, body, seq=open_[which % len(open_)])
+
+    @precondition(lambda self: self._open())
+    @rule(
+        pick=numbers,
+        which=numbers,
+        kind=st.sampled_from([bodies.FORWARD_BACKWARD, bodies.OPTIM_STEP]),
+        gap=st.booleans(),
+    )
+    def refuse(self, pick: int, which: int, kind: str, gap: bool) -> None:
+        run = self._pick(pick)
+        open_ = run.holes + [n for n in run.ops if run.skipped(n)]
+        seq = open_[which % len(open_)] if gap and open_ else run.highest + 1
+        failure = Failure("invalid_datum", f"request {seq} is no good")
+
+        async def call() -> None:
+            await (await self._world.runs.live(run.id, OWNER)).refuse(seq, kind, failure)
+
+        started = self._now
+        self._do(call)
+        run.refused = True
+        self._enter(run, Op(seq, kind, b"", "refused", self._request_id(run, seq)), started)
+
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers, which=numbers)
+    def duplicate(self, pick: int, which: int) -> None:
+        run = self._pick(pick)
+        sent = [op for op in run.ops.values() if op.fate in ("accepted", "late") and op.seq]
+        if sent:
+            op = sent[which % len(sent)]
+            assert self._send(run, op) == op.request_id
+
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers, which=numbers)
+    def conflict(self, pick: int, which: int) -> None:
+        run = self._pick(pick)
+        sent = [op for op in run.ops.values() if op.fate != "missing" and op.seq]
+        if not sent:
+            return
+        op = sent[which % len(sent)]
+        other = Op(op.seq, bodies.FORWARD_BACKWARD, batch(-which - 1))
+        try:
+            answer = self._send(run, other)
+        except RunError as error:
+            assert error.code == "sequence_conflict"
+        else:
+            # The row goes some time after its outcome was read.
+            assert answer == op.request_id
+            assert op.read_at is not None and self._now - op.read_at >= KEPT_AFTER_READ - 1
+
+    # --- What happens to the server ----------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.001, 0.01, 0.1, 0.5, 2.0]))
+    def pass_time(self, seconds: float) -> None:
+        self._world.let(seconds)
+
+    @rule(points=st.integers(0, 40))
+    def kill_soon(self, points: int) -> None:
+        self._world.kill_in = points
+
+    @rule()
+    def kill(self) -> None:
+        self._world.kill()
+
+    @rule()
+    def restart(self) -> None:
+        self._world.restart()
+
+    @precondition(lambda self: self.deaths_since_quiet < 2)
+    @rule(points=st.integers(0, 20))
+    def kill_the_worker_soon(self, points: int) -> None:
+        if self._world.die_in is None:
+            self.deaths_since_quiet += 1
+            self._world.die_in = points
+
+    @precondition(lambda self: self.deaths_since_quiet < 2)
+    @rule()
+    def kill_the_worker(self) -> None:
+        self.deaths_since_quiet += 1
+        self._world.kill_worker()
+
+    @rule(commits=st.integers(1, 3))
+    def refuse_commits(self, commits: int) -> None:
+        self._world.refuse_commits = commits
+
+    # --- Answers -----------------------------------------------------------------------------
+
+    @precondition(lambda self: self.all)
+    @rule(pick=numbers, which=numbers, timeout=st.sampled_from([0.0, 0.05, 2.0]))
+    def poll(self, pick: int, which: int, timeout: float) -> None:
+        run = self.all[pick % len(self.all)]
+        asked = [op for op in run.ops.values() if op.request_id]
+        op = asked[which % len(asked)]
+        outcome, _ = self._poll(op, timeout)
+        if outcome is not None:
+            self._check(run, op, outcome)
+            if which % 2:
+                self._world.runs.delivered(op.request_id)
+                op.read_at = op.read_at or self._now
+
+    @rule()
+    def everything_ends(self) -> None:
+        """Nothing waits for ever: each future has its outcome after the leases at the latest."""
+        world = self._world
+        for run in self.all:
+            limit = self._now + 120 + 400 * (len(run.holes) + 1) + 60 * (1 + len(self.all))
+            for op in list(run.ops.values()):
+                while op.request_id and op.seen is None:
+                    outcome, note = self._poll(op, 30.0)
+                    if outcome is not None:
+                        self._check(run, op, outcome)
+                    assert self._now < limit, f"{op} of {run.id} does not end ({note})"
+        self.deaths_since_quiet = 0
+        world.die_in = None
+
+    # --- Ends --------------------------------------------------------------------------------
+
+    @precondition(lambda self: self._open() and len(self.all) > 1)
+    @rule(pick=numbers)
+    def unload(self, pick: int) -> None:
+        run = self._pick(pick)
+        if self._uncertain_readers(run):
+            return
+        run.ending = "model_unloaded"
+        kills = self._world.kills
+        self._do(lambda: self._world.runs.unload(run.id, OWNER))
+        run.murky = self._world.kills > kills
+
+    @precondition(lambda self: len(self.sessions) > 1)
+    @rule(pick=numbers)
+    def end_session(self, pick: int) -> None:
+        session = self.sessions[pick % len(self.sessions)]
+        mine = [run for run in self.all if run.id.startswith(session.id)]
+        if any(self._uncertain_readers(run) for run in mine):
+            return
+        self.sessions.remove(session)
+        for run in mine:
+            run.ending = run.ending or "session_ended"
+        kills = self._world.kills
+        self._do(lambda: self._world.runs.end_session(session.id, "success"))
+        self._world.let(1.0)
+        for run in mine:
+            run.murky = run.murky or self._world.kills > kills
+
+    def teardown(self) -> None:
+        if self.world is None:
+            self.logs.__exit__(None, None, None)
+            return
+        try:
+            self._world.kill_in = None
+            self.everything_ends()
+            for run in self._open():
+                self._submit(run, bodies.SAVE_WEIGHTS, Save("at.the.end"))
+            self.everything_ends()
+            self._check_checkpoints()
+            self._check_logs()
+        finally:
+            self.world.close()
+            self.logs.__exit__(None, None, None)
+
+    # --- Checks ------------------------------------------------------------------------------
+
+    def _check(self, run: ModelRun, op: Op, found: Outcome) -> None:
+        code = None if found.failure is None else found.failure.code
+        if code == "result_expired":
+            assert op.read_at is not None and self._now - op.read_at >= KEPT_AFTER_READ - 1
+            assert op.seen is not None
+            return
+        if op.seen is not None:
+            assert found == op.seen, f"{op} had another outcome before"
+            return
+        op.seen = found
+        if op.fate != "accepted":  # settled when it came, whatever is still open before it
+            assert code == op.refusal, f"{op} has the outcome {found}"
+            return
+        if run.ending is not None and code == run.ending:
+            run.cut = op.seq if run.cut is None else min(run.cut, op.seq)
+            assert run.murky or run.cut > run.at, f"{op} was overtaken, a later one was not"
+            return
+        if run.murky:
+            return
+        assert run.cut is None or op.seq < run.cut, f"{op} came after what the end overtook"
+        expected = run.interpret(op.seq, self._now)
+        assert agree(expected, found), f"{run.id} {op}\nfound {found}\nexpected {expected}"
+
+    def _check_checkpoints(self) -> None:
+        store = self._world.store
+        murky = {run.id for run in self.all if run.murky}
+        for key, saved in self.names.items():
+            if key.run in murky:
+                continue
+            manifest_id = store.resolve(key)
+            assert manifest_id is not None, f"{key} is lost"
+            manifest = store.read_manifest(manifest_id)
+            assert manifest.seq == saved.seq
+            self._check_state(key, saved.state, saved.optimizer)
+        runs = {run.id: run for run in self.all}
+        for key, _ in store.names():
+            if key.run in murky or key in self.names:
+                continue
+            assert key.name.startswith("auto."), f"{key} should not be there"
+            run, position = runs[key.run], int(key.name.removeprefix("auto."))
+            assert run.cut is None or position < run.cut
+            run.interpret(position, self._now)
+            self._check_state(key, run.history[position], optimizer=True)
+
+    def _check_state(self, key: NameKey, expected: ToyState, optimizer: bool) -> None:
+        store = self._world.store
+        manifest_id = store.resolve(key)
+        assert manifest_id is not None
+        manifest = store.read_manifest(manifest_id)
+        assert (OPTIMIZER_STATE in manifest.files) == optimizer
+        rest = None
+        if optimizer:
+            rest = store.read_blob(manifest.files[OPTIMIZER_STATE], what="optimizer")
+            assert manifest.step == expected.step
+            assert manifest.pending_forward_backwards == expected.pending
+        found = ToyState.decode(
+            store.read_blob(manifest.files[ADAPTER_WEIGHTS], what="weights"), rest
+        )
+        wanted = expected if optimizer else expected.cold()
+        assert _without_wording(found) == _without_wording(wanted), f"{key} holds another state"
+
+    def _check_logs(self) -> None:
+        for event in self.events:
+            if any(defect in str(event["event"]) for defect in DEFECTS):
+                raise AssertionError(f"a defect was met: {event}") from event.get("exc_info")
+
+    # --- Helpers -----------------------------------------------------------------------------
+
+    @property
+    def _world(self) -> World:
+        assert self.world is not None
+        return self.world
+
+    @property
+    def _now(self) -> float:
+        return self._world.clock.now
+
+    def _do(self, call: Callable[[], Any]) -> Any:
+        return self._world.do(call)
+
+    def _poll(self, op: Op, timeout: float) -> tuple[Outcome | None, str | None]:
+        found: tuple[Outcome | None, str | None] = self._do(
+            lambda: self._world.runs.outcome(op.request_id, OWNER, timeout)
+        )
+        return found
+
+    def _open(self) -> list[ModelRun]:
+        return [run for run in self.all if run.ending is None]
+
+    def _pick(self, pick: int) -> ModelRun:
+        return self._open()[pick % len(self._open())]
+
+    def _stable(self) -> list[NameKey]:
+        """Names that nothing under way can change."""
+        return [k for k in self.names if not self._writers(k)]
+
+    def _writers(self, key: NameKey) -> bool:
+        """Whether a save to that name is still to be interpreted."""
+        return any(
+            isinstance(op.body, (Save, SaveSampler)) and op.body.name == key.name
+            for run in self.all
+            if run.id == key.run and not (run.ending and not run.murky and run.cut is not None)
+            for op in run.ops.values()
+            if op.seq > run.at
+        )
+
+    def _readers(self, key: NameKey) -> bool:
+        """Whether an operation that reads the name is still to be interpreted."""
+        return any(
+            isinstance(op.body, (Load, CreateFromState)) and op.body.key == key
+            for run in self.all
+            for op in run.ops.values()
+            if op.seq > run.at
+        )
+
+    def _foreign_readers(self, key: NameKey) -> bool:
+        return any(
+            isinstance(op.body, (Load, CreateFromState)) and op.body.key == key
+            for run in self.all
+            if run.id != key.run
+            for op in run.ops.values()
+            if op.seq > run.at
+        )
+
+    def _uncertain_readers(self, run: ModelRun) -> bool:
+        return any(self._foreign_readers(k) for k in self.names if k.run == run.id)
+
+    def _request_id(self, run: ModelRun, seq: int) -> str:
+        return f"{run.id}:{seq}"
+
+    def _send(self, run: ModelRun, op: Op) -> str:
+        body = op.body if isinstance(op.body, bytes) else op.body.encode()
+
+        async def call() -> str:
+            live = await self._world.runs.live(run.id, OWNER)
+            return await live.submit(op.seq, op.kind, body)
+
+        answer = self._do(call)
+        assert isinstance(answer, str)
+        return answer
+
+    def _submit(
+        self, run: ModelRun, kind: str, body: bytes | Body, *, seq: int | None = None
+    ) -> None:
+        seq = run.highest + 1 if seq is None else seq
+        op = Op(seq, kind, body, request_id=self._request_id(run, seq))
+        started = self._now
+        assert self._send(run, op) == op.request_id
+        self._enter(run, op, started)
+
+    def _enter(self, run: ModelRun, op: Op, started: float) -> None:
+        """Tell the model of a number; ask the journal whether one that was missing came late."""
+        gone = run.skipped(op.seq)
+        waited = started - run.following[op.seq] if op.seq in run.following else 0.0
+        sure = not gone and waited < run.lease(op.seq) - 1
+        with self._world.catalog._engine.connect() as connection:
+            row = connection.execute(
+                sa.select(operations.c.mark_at).where(
+                    (operations.c.run_id == run.id) & (operations.c.seq == op.seq)
+                )
+            ).one()
+        if row.mark_at is None:
+            assert not gone, f"{op} had been skipped, and was taken all the same"
+            run.add(op, started)
+        else:
+            assert not sure, f"{op} was skipped after {waited} s"
+            if op.fate != "refused":
+                op.refusal = "arrived_late"
+            run.following.pop(op.seq, None)
+            run.came_late(op, row.mark_at)
+
+
+def _without_wording(state: ToyState) -> tuple[Any, ...]:
+    mark = None if state.mark is None else state.mark.seq
+    return (
+        state.config.lora.rank,
+        state.weights,
+        state.moment,
+        state.step,
+        state.grads,
+        state.pending,
+        state.not_finite,
+        mark,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_runs_keep_their_promises_under_every_interleaving() -> None:
+    run_state_machine_as_test(
+        Clients,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,310 @@
+"""A toy engine of pure integers: training that costs microseconds and is exact everywhere.
+
+`ToyState` and the functions on it say what each operation does to a state. `ToyEngine` is a
+worker that keeps such states by run, reads and writes them through a real store, takes (virtual)
+time, fails, and dies, on command. Its functions are what a model computes with too; which of them
+are called, how often and in which order is what the tests are about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from holdfast.engine.interface import (
+    ADAPTER_WEIGHTS,
+    OPTIMIZER_STATE,
+    AdamParams,
+    BaseModelInfo,
+    Captured,
+    EngineError,
+    Incomplete,
+    LoraConfig,
+    RunConfig,
+    StateInfo,
+    WorkerDied,
+)
+from holdfast.store import Blob, Store
+
+NAME = "toy"
+_PRIME = (1 << 61) - 1
+
+
+def mixed(*values: object) -> int:
+    """A number that depends on every value and on their order."""
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % _PRIME
+
+
+def batch(
+    x: int, *, fail: str | None = None, kills: bool = False, not_finite: bool = False
+) -> bytes:
+    """A body of a forward or forward_backward.
+
+    `fail` is the code of the error it fails with, `kills` ends every worker that executes it,
+    `not_finite` makes the next optim_step fail.
+    """
+    return json.dumps({"x": x, "fail": fail, "kills": kills, "not_finite": not_finite}).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class ToyState:
+    """A run's training state."""
+
+    config: RunConfig
+    weights: int
+    moment: int = 0
+    step: int = 0
+    grads: int = 0
+    pending: int = 0
+    not_finite: bool = False
+    mark: Incomplete | None = None
+
+    @property
+    def info(self) -> StateInfo:
+        return StateInfo(self.config, self.step, self.pending, self.mark)
+
+    def cleared(self) -> ToyState:
+        return replace(self, grads=0, pending=0, not_finite=False, mark=None)
+
+    def marked(self, seq: int, message: str) -> ToyState:
+        """The first mark stays."""
+        return self if self.mark is not None else replace(self, mark=Incomplete(seq, message))
+
+    def cold(self) -> ToyState:
+        """What a weights-only load leaves."""
+        return ToyState(self.config, self.weights)
+
+    def encode(self) -> tuple[bytes, bytes]:
+        """The weights' file and the optimizer's."""
+        rest = asdict(self)
+        weights = {"config": rest.pop("config"), "weights": rest.pop("weights")}
+        return json.dumps(weights).encode(), json.dumps(rest).encode()
+
+    @classmethod
+    def decode(cls, weights: bytes, optimizer: bytes | None) -> ToyState:
+        first = json.loads(weights)
+        lora = LoraConfig(**first["config"].pop("lora"))
+        state = cls(RunConfig(lora=lora, **first["config"]), first["weights"])
+        if optimizer is None:
+            return state
+        rest = json.loads(optimizer)
+        mark = rest.pop("mark")
+        return replace(state, mark=None if mark is None else Incomplete(**mark), **rest)
+
+
+Result = bytes | dict[str, float] | EngineError
+
+
+def initial(config: RunConfig) -> ToyState:
+    return ToyState(config, mixed("seed", config.lora.seed, config.lora.rank))
+
+
+def forward(state: ToyState, seq: int, body: bytes) -> tuple[ToyState, bytes | EngineError]:
+    parsed = json.loads(body)
+    if parsed["fail"]:
+        return state, EngineError(parsed["fail"], f"batch {parsed['x']} was told to fail")
+    return state, b"%d" % mixed("forward", state.weights, body)
+
+
+def forward_backward(
+    state: ToyState, seq: int, body: bytes
+) -> tuple[ToyState, bytes | EngineError]:
+    _, result = forward(state, seq, body)
+    if isinstance(result, EngineError):
+        return state.marked(seq, f"forward_backward {seq} failed: {result.message}"), result
+    return (
+        replace(
+            state,
+            grads=mixed(state.grads, state.weights, body),
+            pending=state.pending + 1,
+            not_finite=state.not_finite or json.loads(body)["not_finite"],
+        ),
+        result,
+    )
+
+
+def optim_step(
+    state: ToyState, params: AdamParams
+) -> tuple[ToyState, dict[str, float] | EngineError]:
+    if params.learning_rate < 0:
+        return state, EngineError("invalid_adam_params", f"rate {params.learning_rate}")
+    if state.mark is not None:
+        message = f"the gradients lacked a part and were cleared. {state.mark.message}"
+        return state.cleared(), EngineError("incomplete_gradients", message)
+    if state.not_finite:
+        return state.cleared(), EngineError("gradient_not_finite", "a gradient is not finite")
+    if state.pending == 0:
+        return state, {"skipped": 1.0, "step": float(state.step)}
+    stepped = replace(
+        state.cleared(),
+        weights=mixed(state.weights, state.grads, state.moment, params),
+        moment=mixed(state.moment, state.grads),
+        step=state.step + 1,
+    )
+    # The weights as a number that JSON carries exactly.
+    return stepped, {"skipped": 0.0, "step": float(stepped.step), "w": float(stepped.weights >> 10)}
+
+
+class ToyEngine:
+    """A worker. `point` is called before and after it changes anything, and may raise WorkerDied;
+    `pause` gives the seconds that an operation takes."""
+
+    def __init__(
+        self,
+        store: Store,
+        point: Callable[[str], None],
+        pause: Callable[[str], float],
+        info: BaseModelInfo,
+        clock: Callable[[], float],
+    ) -> None:
+        self.states: dict[str, ToyState] = {}
+        self.dead = False
+        self.executed: list[tuple[str, str, int]] = []
+        """(run, kind, seq) of every forward_backward whose gradients were added."""
+        self.in_flight = 0
+        self._store = store
+        self._point = point
+        self._pause = pause
+        self._info = info
+        self._clock = clock
+        self._ended = asyncio.Event()
+
+    @property
+    def last_progress(self) -> float:
+        return self._clock()
+
+    async def wait_died(self) -> int:
+        await self._ended.wait()
+        return -9
+
+    def kill(self) -> None:
+        self.dead = True
+        self.states.clear()
+        self._ended.set()
+
+    async def close(self) -> None:
+        self.kill()
+
+    async def ready(self) -> BaseModelInfo:
+        await self._reach("ready")
+        return self._info
+
+    async def create(self, run: str, config: RunConfig) -> StateInfo:
+        await self._reach("create")
+        self.states[run] = initial(config)
+        self._die_perhaps("created")
+        return self.states[run].info
+
+    async def restore(
+        self, run: str, config: RunConfig, files: Mapping[str, Blob], *, optimizer: bool
+    ) -> StateInfo:
+        await self._reach("restore")
+        weights = self._store.read_blob(files[ADAPTER_WEIGHTS], what=f"weights of {run}")
+        rest = None
+        if optimizer:
+            rest = self._store.read_blob(files[OPTIMIZER_STATE], what=f"optimizer of {run}")
+        self.states[run] = replace(ToyState.decode(weights, rest), config=config)
+        self._die_perhaps("restored")
+        return self.states[run].info
+
+    async def forward(self, run: str, seq: int, batch: bytes) -> bytes:
+        return await self._batch("forward", forward, run, seq, batch)
+
+    async def forward_backward(self, run: str, seq: int, batch: bytes) -> bytes:
+        return await self._batch("forward_backward", forward_backward, run, seq, batch)
+
+    async def mark_incomplete(self, run: str, seq: int, message: str) -> None:
+        await self._reach("mark")
+        self.states[run] = self._state(run).marked(seq, message)
+
+    async def optim_step(self, run: str, params: AdamParams) -> dict[str, float]:
+        await self._reach("optim_step")
+        self.states[run], result = optim_step(self._state(run), params)
+        self._die_perhaps("optim_stepped")
+        if isinstance(result, EngineError):
+            raise result
+        return result
+
+    async def capture(self, run: str, *, optimizer: bool = True) -> ToyCapture:
+        await self._reach("capture")
+        return ToyCapture(self, self._state(run), optimizer)
+
+    async def sample(self, adapter: Mapping[str, Blob] | None, request: bytes) -> bytes:
+        await self._reach("sample")
+        weights = None if adapter is None else adapter[ADAPTER_WEIGHTS].hash
+        return b"%d" % mixed("sample", weights, request)
+
+    async def drop(self, run: str) -> None:
+        await self._reach("drop")
+        self.states.pop(run, None)
+
+    async def write(self, state: ToyState, optimizer: bool) -> Captured:
+        """What a capture does beside the training."""
+        await self._reach("write")
+        weights, rest = state.encode()
+        files = {ADAPTER_WEIGHTS: self._store.put_blob([weights])}
+        if optimizer:
+            files[OPTIMIZER_STATE] = self._store.put_blob([rest])
+        self._die_perhaps("written")
+        return Captured(state.info, files)
+
+    async def _batch(
+        self,
+        kind: str,
+        function: Callable[[ToyState, int, bytes], tuple[ToyState, bytes | EngineError]],
+        run: str,
+        seq: int,
+        body: bytes,
+    ) -> bytes:
+        await self._reach(kind)
+        if json.loads(body)["kills"]:
+            self.kill()
+            raise WorkerDied("the batch was told to kill")
+        self.states[run], result = function(self._state(run), seq, body)
+        self._die_perhaps(f"after {kind}")
+        if isinstance(result, EngineError):
+            raise result
+        return result
+
+    def _state(self, run: str) -> ToyState:
+        if run not in self.states:
+            raise EngineError("unknown_run", f"no run {run}", "server")
+        return self.states[run]
+
+    async def _reach(self, what: str) -> None:
+        """Take time, and perhaps die before anything is changed."""
+        self._die_perhaps(what)
+        await asyncio.sleep(self._pause(what))
+        self._die_perhaps(what)
+
+    def _die_perhaps(self, what: str) -> None:
+        if self.dead:
+            raise WorkerDied("it is dead")
+        try:
+            self._point(what)
+        except WorkerDied:
+            self.kill()
+            raise
+
+
+class ToyCapture:
+    """A copied state; it is written beside what follows."""
+
+    def __init__(self, engine: ToyEngine, state: ToyState, optimizer: bool) -> None:
+        self.state = state.info
+        self._writing = asyncio.create_task(engine.write(state, optimizer))
+        # A worker's death is noticed by whoever waits for the result, perhaps nobody.
+        self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def written(self) -> Captured:
+        return await self._writing
+
+
+def base_info(fingerprint: Mapping[str, Any] | None = None) -> BaseModelInfo:
+    """The toy's base model."""
+    return BaseModelInfo(NAME, "0" * 64, "Toy", 100, 1000, None, fingerprint or {"toy": 1})
