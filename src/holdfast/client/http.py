@@ -160,6 +160,7 @@ class Server:
         content: bytes | None = None,
         content_type: str = JSON_TYPE,
         params: Mapping[str, Any] | None = None,
+        extra_headers: Mapping[str, str] | None = None,
         accept: frozenset[int] = frozenset(),
     ) -> Answer:
         """One request of the submit lane, repeated with its idempotency key until it is answered.
@@ -168,6 +169,7 @@ class Server:
         refusal at once; ConnectionFailedError, or the last answer's error, when it is enough.
         """
         headers = {"x-idempotency-key": uuid.uuid4().hex} if method != "GET" else {}
+        headers |= extra_headers or {}
         if content is None and body is not None:
             fields = body.to_json() if isinstance(body, Body) else body
             content = json.dumps(fields).encode()

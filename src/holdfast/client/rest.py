@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
@@ -25,8 +25,17 @@ from holdfast.client.types import (
     WeightsInfoResponse,
 )
 from holdfast.protocol.bodies import Body, check_body
-from holdfast.protocol.checkpoints import SetTtlRequest
+from holdfast.protocol.checkpoints import (
+    CheckpointInfo,
+    CopyWeightsRequest,
+    CopyWeightsResponse,
+    DeleteCheckpointsRequest,
+    DeleteCheckpointsResponse,
+    ExternalWeightsUrlsResponse,
+    SetTtlRequest,
+)
 from holdfast.protocol.paths import CheckpointPath
+from holdfast.protocol.rest import AssignProjectRequest
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -149,6 +158,75 @@ class RestClient:
         """As `list_user_checkpoints`, to its result."""
         return await self.list_user_checkpoints(limit, offset)
 
+    def get_checkpoint(self, tinker_path: str) -> Future[CheckpointInfo]:
+        """Everything known about a checkpoint: its files, their hashes, how it was trained.
+
+        Only Holdfast's own server answers this.
+
+        >>> rest.get_checkpoint(path).result().own_bytes  # doctest: +SKIP
+        """
+        return self._get(_address(tinker_path), CheckpointInfo)
+
+    async def get_checkpoint_async(self, tinker_path: str) -> CheckpointInfo:
+        """As `get_checkpoint`, to its result."""
+        return await self.get_checkpoint(tinker_path)
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> Future[str]:
+        """Copy a checkpoint into a run of its own, without copying bytes; the copy's path.
+
+        `weights_access_token` is the key of another owner who may read it.
+
+        >>> rest.copy_weights(path, ttl_seconds=86_400).result()  # doctest: +SKIP
+        """
+        body = check_body(
+            CopyWeightsRequest,
+            {
+                "source_path": path,
+                "destination_project_id": destination_project_id,
+                "ttl_seconds": ttl_seconds,
+            },
+        )
+        token = "x-tinker-weights-access-token"
+        headers = None if weights_access_token is None else {token: weights_access_token}
+
+        async def work() -> str:
+            answer = await self._server.call("POST", "copy_weights", body, extra_headers=headers)
+            return answer.read(CopyWeightsResponse).tinker_path
+
+        return Future(work(), self._server.runtime)
+
+    async def copy_weights_async(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> str:
+        """As `copy_weights`, to its result."""
+        return await self.copy_weights(
+            path, destination_project_id, ttl_seconds, weights_access_token
+        )
+
+    def get_external_weights_urls(self, tinker_path: str) -> Future[ExternalWeightsUrlsResponse]:
+        """Where each file of external weights can be fetched for a while, without a key.
+
+        >>> rest.get_external_weights_urls(path).result().urls  # doctest: +SKIP
+        """
+        address = f"{_address(tinker_path)}/external_weights_urls"
+        return self._get(address, ExternalWeightsUrlsResponse)
+
+    async def get_external_weights_urls_async(
+        self, tinker_path: str
+    ) -> ExternalWeightsUrlsResponse:
+        """As `get_external_weights_urls`, to its result."""
+        return await self.get_external_weights_urls(tinker_path)
+
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> Future[WeightsInfoResponse]:
         """What a checkpoint needs of a model: base model, LoRA configuration, optimizer.
 
@@ -185,6 +263,22 @@ class RestClient:
     async def delete_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
         """As `delete_checkpoint_from_tinker_path`, to its end."""
         await self.delete_checkpoint_from_tinker_path(tinker_path)
+
+    def delete_checkpoints(self, tinker_paths: Sequence[str]) -> Future[DeleteCheckpointsResponse]:
+        """Delete up to 1,000 checkpoints; one that cannot be deleted does not keep the others.
+
+        Only Holdfast's own server answers this.
+
+        >>> rest.delete_checkpoints(paths).result().failed  # doctest: +SKIP
+        """
+        body = check_body(DeleteCheckpointsRequest, {"tinker_paths": list(tinker_paths)})
+        return self._do("POST", "checkpoints/delete", _to(DeleteCheckpointsResponse), body)
+
+    async def delete_checkpoints_async(
+        self, tinker_paths: Sequence[str]
+    ) -> DeleteCheckpointsResponse:
+        """As `delete_checkpoints`, to its result."""
+        return await self.delete_checkpoints(tinker_paths)
 
     def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> Future[None]:
         """Let everybody who can reach the server read a checkpoint.
@@ -293,6 +387,18 @@ class RestClient:
     async def search_sessions_async(self, request: SessionSearchRequest) -> SessionSearchResponse:
         """As `search_sessions`, to its result."""
         return await self.search_sessions(request)
+
+    def assign_session_project(self, session_id: str, project_id: str) -> Future[None]:
+        """Put a session into a project.
+
+        >>> rest.assign_session_project(session_id, "my-project").result()  # doctest: +SKIP
+        """
+        body = check_body(AssignProjectRequest, {"project_id": project_id})
+        return self._do("PUT", f"sessions/{_segment(session_id)}/project", _nothing, body)
+
+    async def assign_session_project_async(self, session_id: str, project_id: str) -> None:
+        """As `assign_session_project`, to its end."""
+        await self.assign_session_project(session_id, project_id)
 
     def get_sampler(self, sampler_id: str) -> Future[GetSamplerResponse]:
         """What a sampler samples from.
