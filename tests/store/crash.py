@@ -340,9 +340,10 @@ def _site(call: str, path: str) -> tuple[str, set[tuple[str, int]]]:
     names, lines = [], set()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(PACKAGE):
+        file = frame.f_code.co_filename
+        if file.startswith(PACKAGE):
             names.append(frame.f_code.co_name)
-            lines.add((Path(frame.f_code.co_filename).name, frame.f_lineno))
+            lines.add((file.rpartition("/")[2], frame.f_lineno))
         frame = frame.f_back
     where = path.rpartition("/")[2] if call == "sync_dir" else ""
     return " < ".join([f"{call} {where}".strip(), *names]), lines

@@ -170,10 +170,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: equal manifests have equal bytes."""
-        document = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        document["lora"] = dataclasses.asdict(self.lora)
-        document["incomplete"] = self.incomplete and dataclasses.asdict(self.incomplete)
-        document["files"] = {name: dataclasses.asdict(b) for name, b in self.files.items()}
+        document = _fields_of(self)
+        document["lora"] = _fields_of(self.lora)
+        document["incomplete"] = None if self.incomplete is None else _fields_of(self.incomplete)
+        document["files"] = {name: _fields_of(blob) for name, blob in self.files.items()}
         document["fingerprint"] = dict(self.fingerprint)
         document["user_metadata"] = None if self.user_metadata is None else dict(self.user_metadata)
         data = canonical_json(document)
@@ -216,6 +216,10 @@ class Manifest:
         if canonical != data:
             raise CorruptManifest(f"{path} is not in the canonical form", path)
         return manifest
+
+
+def _fields_of(value: Manifest | Lora | Incomplete | Blob) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__slots__}
 
 
 def canonical_json(document: Mapping[str, Any]) -> bytes:
