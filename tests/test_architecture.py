@@ -12,7 +12,13 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "holdfast"
 
-TORCH_FREE_ENGINE = ("engine.interface", "engine.payload", "engine.process", "engine.frames")
+TORCH_FREE_ENGINE = (
+    "engine.interface",
+    "engine.payload",
+    "engine.process",
+    "engine.frames",
+    "engine.revision",
+)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "protocol": (),

@@ -68,7 +68,8 @@ def command(
 
     Every option can be given as an environment variable, such as HOLDFAST_PORT.
     """
-    from holdfast.server.serve import CannotServe, serve
+    from holdfast.server.data_dir import CannotUse
+    from holdfast.server.serve import serve
     from holdfast.server.settings import Settings, parse_model, shipped_model
 
     models = {}
@@ -94,5 +95,5 @@ def command(
                 device=device,
             )
         )
-    except CannotServe as error:
+    except CannotUse as error:
         raise click.ClickException(str(error)) from error

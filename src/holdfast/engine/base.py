@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from holdfast.engine.fingerprint import fingerprint
 from holdfast.engine.interface import BaseModelInfo, EngineError
+from holdfast.engine.revision import NUMERIC_FILES, revision
 
-_NUMERIC_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _OTHER_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model")
 
 
@@ -89,16 +88,6 @@ def load_base(
     return Base(model, info, directory, target, _eos_token_ids(model))
 
 
-def revision(directory: Path) -> str:
-    """blake3 over the names and bytes of the files that decide the model's numbers."""
-    total = blake3()
-    for path in sorted({path for pattern in _NUMERIC_FILES for path in directory.glob(pattern)}):
-        content = blake3(max_threads=blake3.AUTO)
-        content.update_mmap(path)
-        total.update(f"{path.name}\0{content.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' advice to interactive users out of the log."""
@@ -120,7 +109,7 @@ def _locate(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[*_NUMERIC_FILES, *_OTHER_FILES]))
+        return Path(snapshot_download(source, allow_patterns=[*NUMERIC_FILES, *_OTHER_FILES]))
     except Exception as error:  # The hub's client raises errors of several libraries.
         raise EngineError(
             "model_not_loadable",

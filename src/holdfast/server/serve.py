@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from holdfast.runs.engines import StartEngine
 from holdfast.runs.service import Runs
 from holdfast.server.app import create_app
 from holdfast.server.auth import Keys
+from holdfast.server.data_dir import CannotUse, exclusive
 from holdfast.server.settings import Settings
 from holdfast.store import StoreError, open_store
 
@@ -30,14 +29,14 @@ _GRACE = 5
 """Seconds that requests under way have to finish when the server stops."""
 
 
-class CannotServe(Exception):
+class CannotServe(CannotUse):
     """The server cannot start with these settings; the message says what to change."""
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises CannotServe before anything was served."""
+    """Serve until SIGINT or SIGTERM. Raises CannotUse before anything was served."""
     _configure_log()
-    with _exclusive(settings.data_dir), _socket(settings) as listening:
+    with exclusive(settings.data_dir), _socket(settings) as listening:
         try:
             catalog = Catalog.open_file(settings.data_dir / "catalog.db")
             store = open_store(settings.data_dir / "store")
@@ -99,33 +98,6 @@ def _starter(settings: Settings) -> StartEngine:
         )
 
     return start
-
-
-@contextmanager
-def _exclusive(data_dir: Path) -> Iterator[None]:
-    """Hold the data directory's lock, making the directory if need be."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise CannotServe(f"cannot use the data directory {data_dir}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CannotServe(
-                f"another server uses the data directory {data_dir}"
-                f" (process {_read(handle)}); stop it, or name another --data-dir"
-            ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(handle)
-
-
-def _read(handle: int) -> str:
-    return os.pread(handle, 32, 0).decode(errors="replace") or "unknown"
 
 
 @contextmanager
