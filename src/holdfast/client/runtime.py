@@ -84,7 +84,13 @@ class Runtime:
         self.loop.run_forever()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
-        """Run a coroutine on the loop; from any thread."""
+        """Run a coroutine on the loop; from any thread of the process that made the runtime."""
+        if os.getpid() != self.pid:
+            work.close()
+            raise RuntimeError(
+                "this client was made before the process was forked, and its connections stayed"
+                " with the parent: make a new ServiceClient in the child"
+            )
         return Work(work, self.loop)
 
     def soon(self, call: Callable[[], object]) -> None:
