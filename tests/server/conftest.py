@@ -14,7 +14,7 @@ from tests.support.models import CONFIGS, save_small_model
 from tests.support.sdk import service_client
 from tests.support.server import ServerProcess
 
-TEST_SECONDS = 60
+TEST_SECONDS = 120
 """Whatever goes wrong, a test that waits for the server fails soon and says where."""
 
 

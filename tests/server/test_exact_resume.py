@@ -19,7 +19,7 @@ import tinker
 from tinker import types
 
 from tests.support.checkpoints import Tensors, as_bfloat16, edited_checkpoint
-from tests.support.sdk import ADAM, Trace, batch, service_client, step, trace
+from tests.support.sdk import ADAM, WAIT, Trace, batch, service_client, step, trace
 from tests.support.server import ServerProcess
 
 BEFORE, AFTER = (1, 2, 3), (4, 5, 6)
@@ -33,16 +33,16 @@ def created(
     service: tinker.ServiceClient, model: str = "small-llama", **options: Any
 ) -> tinker.TrainingClient:
     options = {"rank": 8, "seed": 11, **options}
-    return service.create_lora_training_client(model, **options).result(timeout=30)
+    return service.create_lora_training_client(model, **options).result(timeout=WAIT)
 
 
 def resumed(service: tinker.ServiceClient, path: str) -> tinker.TrainingClient:
     made = service.create_training_client_from_state_with_optimizer(path)
-    return made.result(timeout=30)
+    return made.result(timeout=WAIT)
 
 
 def cold(service: tinker.ServiceClient, path: str) -> tinker.TrainingClient:
-    return service.create_training_client_from_state(path).result(timeout=30)
+    return service.create_training_client_from_state(path).result(timeout=WAIT)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def saved_run(
         step(client, seed, adam)
     if pending:
         for seed in PENDING:
-            client.forward_backward(batch(seed), "cross_entropy").result(timeout=30)
-    path = client.save_state(name).result(timeout=30).path
+            client.forward_backward(batch(seed), "cross_entropy").result(timeout=WAIT)
+    path = client.save_state(name).result(timeout=WAIT).path
     on = trace(server, client, AFTER, adam=adam, finish_step=pending)
     return Saved(path, on, adam, pending)
 
@@ -155,8 +155,8 @@ def test_resumes_exactly_into_a_live_run(
     saved = saved_run(server, created(service))
     client = created(service, seed=99)
     step(client, 50)
-    client.forward_backward(batch(51), "cross_entropy").result(timeout=30)
-    client.load_state_with_optimizer(saved.path).result(timeout=30)
+    client.forward_backward(batch(51), "cross_entropy").result(timeout=WAIT)
+    client.load_state_with_optimizer(saved.path).result(timeout=WAIT)
     assert saved.continued(server, client) == saved.uninterrupted
 
 
@@ -168,8 +168,8 @@ def test_a_weights_only_load_is_a_function_of_the_checkpoint_alone(
     assert_cold(saved, fresh)
     trained = created(service, seed=99)
     step(trained, 50)
-    trained.forward_backward(batch(51), "cross_entropy").result(timeout=30)
-    trained.load_state(saved.path).result(timeout=30)
+    trained.forward_backward(batch(51), "cross_entropy").result(timeout=WAIT)
+    trained.load_state(saved.path).result(timeout=WAIT)
     assert saved.continued(server, trained) == fresh
 
 
@@ -180,7 +180,7 @@ def test_resumes_exactly_after_save_and_load_and_save(
     path = saved.path
     for hop in range(3):
         client = resumed(service, path)
-        path = client.save_state(f"hop-{hop}").result(timeout=30).path
+        path = client.save_state(f"hop-{hop}").result(timeout=WAIT).path
     assert server.manifest(path).files == server.manifest(saved.path).files
     assert saved.continued(server, client) == saved.uninterrupted
 

@@ -11,12 +11,12 @@ import pytest
 import tinker
 
 from tests.support.raw import ELIXIR, RawRun
-from tests.support.sdk import ADAM, Trace, batch, datum, service_client, step, trace
+from tests.support.sdk import ADAM, WAIT, Trace, batch, datum, service_client, step, trace
 from tests.support.server import ServerProcess
 
 STEPS = tuple(range(1, 9))
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,15 @@ def train(
     `during` is called while a step has been submitted and not been waited for.
     """
     made = service.create_lora_training_client("small-llama", rank=8, seed=3)
-    client = made.result(timeout=60)
+    client = made.result(timeout=WAIT)
     for seed in STEPS:
         gradients = client.forward_backward(batch(seed), "cross_entropy")
         applied = client.optim_step(ADAM)
         during(seed)
-        gradients.result(timeout=60)
-        applied.result(timeout=60)
+        gradients.result(timeout=WAIT)
+        applied.result(timeout=WAIT)
         if seed == STEPS[len(STEPS) // 2]:
-            client.save_state("middle").result(timeout=60)
+            client.save_state("middle").result(timeout=WAIT)
     return trace(server, client, (20, 21))
 
 
@@ -58,28 +58,39 @@ def undisturbed(crashing: ServerProcess) -> Trace:
 
 
 def test_survives_kill_9_of_the_server(crashing: ServerProcess, undisturbed: Trace) -> None:
-    kills = []
+    """Once with a new server at once, once with requests sent while there is none."""
+    killed = []
+    starting: list[threading.Timer] = []
 
     def kill(seed: int) -> None:
-        if seed in (3, 6):
+        if seed == 3:
             crashing.kill_and_restart()
-            kills.append(seed)
+            killed.append(seed)
+        elif seed == 6:
+            crashing.kill()
+            starting.append(threading.Timer(2.0, crashing.start))
+            starting[0].start()
+            killed.append(seed)
 
     with service_client(crashing) as service:
-        assert train(crashing, service, kill) == undisturbed
-    assert kills == [3, 6]
+        try:
+            assert train(crashing, service, kill) == undisturbed
+        finally:
+            for timer in starting:
+                timer.join()
+    assert killed == [3, 6]
 
 
 def test_survives_kill_9_of_the_worker(crashing: ServerProcess, undisturbed: Trace) -> None:
-    kills = []
+    killed = []
 
     def kill(seed: int) -> None:
-        if seed in (2, 7):
-            kills.append(crashing.kill_workers())
+        if seed == 5:
+            killed.append(crashing.kill_workers())
 
     with service_client(crashing) as service:
         assert train(crashing, service, kill) == undisturbed
-    assert all(kills), "there was a worker to kill each time"
+    assert killed == [1], "there was a worker to kill"
 
 
 def test_survives_an_orderly_restart(crashing: ServerProcess, undisturbed: Trace) -> None:
@@ -97,7 +108,7 @@ def test_a_different_batch_after_the_crash_would_be_noticed(
     """The comparison can fail: one step more, and everything differs."""
     with service_client(crashing) as service:
         made = service.create_lora_training_client("small-llama", rank=8, seed=3)
-        client = made.result(timeout=60)
+        client = made.result(timeout=WAIT)
         for seed in (*STEPS, STEPS[-1]):
             step(client, seed)
         other = trace(crashing, client, (20, 21))
@@ -107,40 +118,22 @@ def test_a_different_batch_after_the_crash_would_be_noticed(
     )
 
 
-def test_what_is_submitted_while_the_server_is_down_is_not_lost(
-    crashing: ServerProcess, undisturbed: Trace
-) -> None:
-    def down_for_a_while(seed: int) -> None:
-        if seed == 5:
-            crashing.kill()
-            later = threading.Timer(2.0, crashing.start)
-            later.start()
-            timers.append(later)
-
-    timers: list[threading.Timer] = []
-    with service_client(crashing) as service:
-        made = train(crashing, service, down_for_a_while)
-        timers[0].join()
-        assert made == undisturbed
-
-
 def test_unfinished_gradients_survive_a_crash(crashing: ServerProcess) -> None:
     """Killed between the forward_backwards of one step: none is lost and none counts twice."""
 
     def accumulate(service: tinker.ServiceClient, crash: Callable[[], object]) -> Trace:
         made = service.create_lora_training_client("small-llama", rank=8, seed=3)
-        client = made.result(timeout=60)
+        client = made.result(timeout=WAIT)
         step(client, 1)
         for seed in (2, 3):
-            client.forward_backward(batch(seed), "cross_entropy").result(timeout=60)
+            client.forward_backward(batch(seed), "cross_entropy").result(timeout=WAIT)
         crash()
-        client.forward_backward(batch(4), "cross_entropy").result(timeout=60)
+        client.forward_backward(batch(4), "cross_entropy").result(timeout=WAIT)
         return trace(crashing, client, (5,), finish_step=True)
 
     with service_client(crashing) as service:
         plain = accumulate(service, lambda: None)
         assert accumulate(service, crashing.kill_and_restart) == plain
-        assert accumulate(service, crashing.kill_workers) == plain
 
 
 def test_a_failed_batch_stays_failed_after_a_crash(crashing: ServerProcess) -> None:
@@ -148,17 +141,17 @@ def test_a_failed_batch_stays_failed_after_a_crash(crashing: ServerProcess) -> N
 
     def fail(service: tinker.ServiceClient, crash: Callable[[], object]) -> tuple[str, Trace]:
         made = service.create_lora_training_client("small-llama", rank=8, seed=3)
-        client = made.result(timeout=60)
+        client = made.result(timeout=WAIT)
         step(client, 1)
         bad = client.forward_backward([datum([9999] * 5)], "cross_entropy")
         with pytest.raises(tinker.RequestFailedError, match="9999"):
-            bad.result(timeout=60)
-        client.forward_backward(batch(2), "cross_entropy").result(timeout=60)
+            bad.result(timeout=WAIT)
+        client.forward_backward(batch(2), "cross_entropy").result(timeout=WAIT)
         crash()
-        marked = client.save_state("marked").result(timeout=60).path
+        marked = client.save_state("marked").result(timeout=WAIT).path
         files = crashing.manifest(marked).files
         with pytest.raises(tinker.RequestFailedError, match="9999"):
-            client.optim_step(ADAM).result(timeout=60)
+            client.optim_step(ADAM).result(timeout=WAIT)
         return files["optimizer.safetensors"].hash, trace(crashing, client, (3,))
 
     with service_client(crashing) as service:
@@ -169,33 +162,21 @@ def test_results_and_submissions_outlive_a_crash(crashing: ServerProcess) -> Non
     with RawRun.open(crashing) as run:
         first = run.forward_backward(1)
         expected = run.result(first)
-        second = run.optim_step(2)
-        run.result(second)
         crashing.kill_and_restart()
+        started = time.monotonic()
+        second = run.optim_step(2)
         assert run.forward_backward(1) == first, "a repeated submission is recognised"
         assert run.result(first) == expected
-        assert run.result(second)["metrics"]["step"] == 1
         run.refused("forward_backward", run.batch(2, seed=9))
+        assert time.monotonic() - started < 3, "all that while the run is still to be recovered"
+        assert run.result(second)["metrics"]["forward_backwards"] == 1
 
 
 def test_a_gap_is_waited_for_anew_after_a_crash(crashing: ServerProcess) -> None:
     with RawRun.open(crashing, agent=ELIXIR) as run:
         run.result(run.forward_backward(1))
         waiting = run.optim_step(3)
-        time.sleep(1)
         crashing.kill_and_restart()
         missing = run.forward_backward(2)
         assert run.result(waiting)["metrics"]["forward_backwards"] == 2
         run.result(missing)
-
-
-def test_after_a_start_submissions_are_taken_before_runs_are_recovered(
-    crashing: ServerProcess,
-) -> None:
-    with RawRun.open(crashing) as run:
-        run.result(run.forward_backward(1))
-        crashing.kill_and_restart()
-        started = time.monotonic()
-        stepped = run.optim_step(2)
-        assert time.monotonic() - started < 1.5, "taken while the worker still starts"
-        assert run.result(stepped)["metrics"]["forward_backwards"] == 1

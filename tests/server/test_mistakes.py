@@ -15,7 +15,7 @@ from tinker import types
 
 from tests.support.checkpoints import without_optimizer
 from tests.support.models import CONTEXT, VOCABULARY
-from tests.support.sdk import ADAM, batch, datum, raw_datum, service_client, step
+from tests.support.sdk import ADAM, WAIT, batch, datum, raw_datum, service_client, step
 from tests.support.server import ServerProcess
 
 MODEL = "small-llama"
@@ -36,19 +36,19 @@ def shared(server: ServerProcess) -> Iterator[tinker.ServiceClient]:
 @pytest.fixture(scope="module")
 def client(shared: tinker.ServiceClient) -> tinker.TrainingClient:
     """One run for all mistakes."""
-    return shared.create_lora_training_client(MODEL, rank=8, seed=1).result(timeout=30)
+    return shared.create_lora_training_client(MODEL, rank=8, seed=1).result(timeout=WAIT)
 
 
 @pytest.fixture(scope="module")
 def saved(client: tinker.TrainingClient) -> str:
     step(client, 1)
-    return client.save_state("good").result(timeout=30).path
+    return client.save_state("good").result(timeout=WAIT).path
 
 
 def refused(call: Callable[[], Any], *words: str) -> str:
     """The message with which `call` is refused or fails; it has all the `words` in it."""
     with pytest.raises(REFUSED) as failure:
-        call().result(timeout=30)
+        call().result(timeout=WAIT)
     message = str(failure.value)
     for word in words:
         assert word in message, message
@@ -58,7 +58,7 @@ def refused(call: Callable[[], Any], *words: str) -> str:
 
 
 def loss_of(client: tinker.TrainingClient) -> float:
-    return client.forward(batch(9), "cross_entropy").result(timeout=30).metrics["loss:sum"]
+    return client.forward(batch(9), "cross_entropy").result(timeout=WAIT).metrics["loss:sum"]
 
 
 # --- Creating ------------------------------------------------------------------------------------
@@ -70,13 +70,13 @@ def test_an_unknown_base_model(shared: tinker.ServiceClient) -> None:
     )
     assert "small-llama" in message, "it says which there are"
     refused(lambda: shared.create_sampling_client(base_model="no/such-model"), "'no/such-model'")
-    step(shared.create_lora_training_client(MODEL, rank=1).result(timeout=30), 1)
+    step(shared.create_lora_training_client(MODEL, rank=1).result(timeout=WAIT), 1)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 100_000, 60_000])
 def test_a_wrong_rank(shared: tinker.ServiceClient, rank: int) -> None:
     refused(lambda: shared.create_lora_training_client(MODEL, rank=rank), "rank", str(rank))
-    step(shared.create_lora_training_client(MODEL, rank=1).result(timeout=30), 1)
+    step(shared.create_lora_training_client(MODEL, rank=1).result(timeout=WAIT), 1)
 
 
 def test_an_unknown_optimizer(shared: tinker.ServiceClient) -> None:
@@ -90,7 +90,7 @@ def test_an_unknown_optimizer(shared: tinker.ServiceClient) -> None:
 
 
 def test_a_checkpoint_of_another_rank(shared: tinker.ServiceClient, saved: str) -> None:
-    other = shared.create_lora_training_client(MODEL, rank=16).result(timeout=30)
+    other = shared.create_lora_training_client(MODEL, rank=16).result(timeout=WAIT)
     before = loss_of(other)
     for load in (other.load_state, other.load_state_with_optimizer):
         refused(lambda load=load: load(saved), "rank", "8", "16")  # type: ignore[misc]
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_other_train_flags(
     shared: tinker.ServiceClient, saved: str, flag: str
 ) -> None:
     options: dict[str, Any] = {"rank": 8, flag: False}
-    other = shared.create_lora_training_client(MODEL, **options).result(timeout=30)
+    other = shared.create_lora_training_client(MODEL, **options).result(timeout=WAIT)
     before = loss_of(other)
     for load in (other.load_state, other.load_state_with_optimizer):
         refused(lambda load=load: load(saved), flag, "True", "False")  # type: ignore[misc]
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_other_train_flags(
 
 
 def test_a_checkpoint_of_another_base_model(shared: tinker.ServiceClient, saved: str) -> None:
-    other = shared.create_lora_training_client("small-qwen3", rank=8).result(timeout=30)
+    other = shared.create_lora_training_client("small-qwen3", rank=8).result(timeout=WAIT)
     refused(lambda: other.load_state(saved), MODEL, "small-qwen3")
     step(other, 1)
 
@@ -143,7 +143,7 @@ def test_a_missing_checkpoint(shared: tinker.ServiceClient, client: tinker.Train
 def test_a_sampler_path_where_a_training_path_is_needed(
     shared: tinker.ServiceClient, client: tinker.TrainingClient
 ) -> None:
-    path = client.save_weights_for_sampler("only-sampling").result(timeout=30).path
+    path = client.save_weights_for_sampler("only-sampling").result(timeout=WAIT).path
     for load in (client.load_state, client.load_state_with_optimizer):
         refused(lambda load=load: load(path), path, "sampling", "/weights/")  # type: ignore[misc]
     refused(lambda: shared.create_training_client_from_state(path), path, "sampling")
@@ -165,7 +165,7 @@ def test_loading_an_optimizer_that_was_not_saved(
         path,
         "no optimizer state",
     )
-    client.load_state(path).result(timeout=30)
+    client.load_state(path).result(timeout=WAIT)
     step(client, 1)
 
 
@@ -266,15 +266,15 @@ def test_a_loss_setting_that_does_not_exist(client: tinker.TrainingClient) -> No
 
 
 def test_gradients_that_are_not_finite(client: tinker.TrainingClient, saved: str) -> None:
-    client.load_state_with_optimizer(saved).result(timeout=30)
+    client.load_state_with_optimizer(saved).result(timeout=WAIT)
     before = loss_of(client)
     huge = [raw_datum(TOKENS, target_tokens=TOKENS, weights=[3e38] * 10)]
-    client.forward_backward(huge, "cross_entropy").result(timeout=30)
+    client.forward_backward(huge, "cross_entropy").result(timeout=WAIT)
     refused(lambda: client.optim_step(ADAM), "gradient", "lora_", "finite")
     assert loss_of(client) == before, "the step changed nothing"
     # The gradients are gone: the next step is that of a run that never had them.
     after = step(client, 1).metrics["loss:sum"], loss_of(client)
-    client.load_state_with_optimizer(saved).result(timeout=30)
+    client.load_state_with_optimizer(saved).result(timeout=WAIT)
     assert (step(client, 1).metrics["loss:sum"], loss_of(client)) == after
 
 
@@ -282,22 +282,22 @@ def test_a_failed_part_spoils_the_step_but_not_the_run(
     client: tinker.TrainingClient, saved: str
 ) -> None:
     """Never a step on part of a batch, even when a good part came after the bad one."""
-    client.load_state_with_optimizer(saved).result(timeout=30)
+    client.load_state_with_optimizer(saved).result(timeout=WAIT)
     before = loss_of(client)
     good = client.forward_backward(batch(1), "cross_entropy")
     bad = client.forward_backward([datum([VOCABULARY] * 9)], "cross_entropy")
     also_good = client.forward_backward(batch(2), "cross_entropy")
     stepped = client.optim_step(ADAM)
-    good.result(timeout=30)
+    good.result(timeout=WAIT)
     refused(lambda: bad, "tokens[0]")
-    also_good.result(timeout=30)
+    also_good.result(timeout=WAIT)
     refused(lambda: stepped, "tokens[0]")
     assert loss_of(client) == before
 
 
 def test_a_step_without_gradients_changes_nothing(client: tinker.TrainingClient) -> None:
     before = loss_of(client)
-    metrics = client.optim_step(ADAM).result(timeout=30).metrics
+    metrics = client.optim_step(ADAM).result(timeout=WAIT).metrics
     assert metrics is not None
     assert loss_of(client) == before
 
@@ -315,9 +315,9 @@ def test_a_step_without_gradients_changes_nothing(client: tinker.TrainingClient)
 def test_wrong_optimizer_parameters(
     client: tinker.TrainingClient, params: dict[str, float], words: tuple[str, ...]
 ) -> None:
-    client.forward_backward(batch(1), "cross_entropy").result(timeout=30)
+    client.forward_backward(batch(1), "cross_entropy").result(timeout=WAIT)
     refused(lambda: client.optim_step(types.AdamParams(**params)), *words)
-    client.optim_step(ADAM).result(timeout=30)
+    client.optim_step(ADAM).result(timeout=WAIT)
     step(client, 1)
 
 
@@ -325,10 +325,10 @@ def test_wrong_optimizer_parameters(
 
 
 def test_sampling_mistakes(client: tinker.TrainingClient) -> None:
-    sampler = client.save_weights_and_get_sampling_client().result(timeout=30)
+    sampler = client.save_weights_and_get_sampling_client().result(timeout=WAIT)
     params = types.SamplingParams(max_tokens=2)
     outside = types.ModelInput.from_ints([5, VOCABULARY])
     refused(lambda: sampler.sample(outside, 1, params), str(VOCABULARY), "vocabulary")
     long = types.ModelInput.from_ints([5] * (CONTEXT + 1))
     refused(lambda: sampler.sample(long, 1, params), str(CONTEXT))
-    assert sampler.sample(types.ModelInput.from_ints([5]), 1, params).result(timeout=30)
+    assert sampler.sample(types.ModelInput.from_ints([5]), 1, params).result(timeout=WAIT)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tinker
 
-from tests.support.sdk import service_client, step
+from tests.support.sdk import WAIT, service_client, step
 from tests.support.server import ServerProcess
 
 GOOD = ["epoch-3-loss-1.23", "final", "000060", "step_000100", "A", "a..b", "x" * 128]
@@ -46,15 +46,15 @@ AT_ONCE = 3.0
 def client(server: ServerProcess) -> Iterator[tinker.TrainingClient]:
     """One run for all names: whatever is refused, the run must go on."""
     with service_client(server) as service:
-        yield service.create_lora_training_client("small-llama", rank=4).result(timeout=30)
+        yield service.create_lora_training_client("small-llama", rank=4).result(timeout=WAIT)
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_name_works(client: tinker.TrainingClient, name: str) -> None:
-    saved = client.save_state(name).result(timeout=30)
+    saved = client.save_state(name).result(timeout=WAIT)
     assert saved.path == f"tinker://{client.model_id}/weights/{name}"
-    client.load_state_with_optimizer(saved.path).result(timeout=30)
-    sampler = client.save_weights_for_sampler(name).result(timeout=30)
+    client.load_state_with_optimizer(saved.path).result(timeout=WAIT)
+    sampler = client.save_weights_for_sampler(name).result(timeout=WAIT)
     assert sampler.path == f"tinker://{client.model_id}/sampler_weights/{name}"
 
 
@@ -65,7 +65,7 @@ def test_a_bad_name_is_refused_at_once_and_the_run_stays_usable(
     started = time.monotonic()
     for save in (client.save_state, client.save_weights_for_sampler):
         with pytest.raises(tinker.BadRequestError) as refusal:
-            save(name).result(timeout=30)
+            save(name).result(timeout=WAIT)
         shown = repr(name)[1:-1][:60]
         assert shown in str(refusal.value).replace("\\\\", "\\"), refusal.value
         assert "checkpoint name" in str(refusal.value)
@@ -81,7 +81,7 @@ def test_a_bad_name_writes_nothing(server: ServerProcess, client: tinker.Trainin
     before = outside()
     for name in ("../../x", "../x", str(server.directory / "x")):
         with pytest.raises(tinker.BadRequestError):
-            client.save_state(name).result(timeout=30)
+            client.save_state(name).result(timeout=WAIT)
     assert outside() == before
 
 
@@ -106,6 +106,6 @@ def test_a_malformed_path_is_refused_at_once_and_the_run_stays_usable(
 ) -> None:
     started = time.monotonic()
     with pytest.raises((tinker.BadRequestError, tinker.UnprocessableEntityError), match="path"):
-        client.load_state(path).result(timeout=30)
+        client.load_state(path).result(timeout=WAIT)
     step(client, 1)
     assert time.monotonic() - started < AT_ONCE

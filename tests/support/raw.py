@@ -14,7 +14,7 @@ from tests.support.server import ServerProcess
 PYTHON = "AsyncTinker/Python 0.38.0"
 ELIXIR = "AsyncTinkex/Elixir 0.15.0"
 
-TIMEOUT = 45.0
+TIMEOUT = 100.0
 
 
 class RawRun:

@@ -20,6 +20,9 @@ API_KEY = "tml-test"
 ADAM = types.AdamParams(learning_rate=5e-3, weight_decay=0.1, grad_clip_norm=0.5)
 """With weight decay and a clipping that bites, so that both are part of every comparison."""
 
+WAIT = 100.0
+"""Seconds for any result: far more than one takes, also on a machine that is busy otherwise."""
+
 PROBE = 1000
 """The seed of the batch that traces end with."""
 
@@ -94,8 +97,8 @@ def step(
     """One forward_backward and optim_step, sent without waiting in between."""
     gradients = client.forward_backward(batch(seed), "cross_entropy")
     applied = client.optim_step(adam)
-    output = gradients.result(timeout=60)
-    applied.result(timeout=60)
+    output = gradients.result(timeout=WAIT)
+    applied.result(timeout=WAIT)
     return output
 
 
@@ -123,11 +126,11 @@ def trace(
         )
 
     if finish_step:
-        client.optim_step(adam).result(timeout=60)
+        client.optim_step(adam).result(timeout=WAIT)
     for seed in steps:
         note(step(client, seed, adam))
-    note(client.forward(batch(PROBE), "cross_entropy").result(timeout=60))
-    saved = client.save_state(name).result(timeout=60)
+    note(client.forward(batch(PROBE), "cross_entropy").result(timeout=WAIT))
+    saved = client.save_state(name).result(timeout=WAIT)
     files = server.manifest(saved.path).files
     return Trace(
         tuple(losses),

@@ -18,7 +18,7 @@ import httpx2
 
 from holdfast.store import Manifest, NameKey, Store, open_store
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 """Far above what a start takes, so that only a server that hangs fails a test."""
 
 
@@ -39,6 +39,7 @@ class ServerProcess:
         args: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
         threads: int = 1,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
         self.data_dir = directory / "data"
@@ -47,6 +48,7 @@ class ServerProcess:
         self._args = list(args)
         self._settings = settings
         self._threads = threads
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         self._log = directory / "server.log"
@@ -73,6 +75,11 @@ class ServerProcess:
         return self._log.read_text() if self._log.exists() else ""
 
     @property
+    def alive(self) -> bool:
+        """Whether the process runs: it may have ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         assert self._process is not None, "the server does not run"
         return self._process.pid
@@ -86,7 +93,10 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={k: v for k, v in os.environ.items() if not k.startswith("HOLDFAST_")},
+                env={
+                    **{k: v for k, v in os.environ.items() if not k.startswith("HOLDFAST_")},
+                    **self._environment,
+                },
                 cwd=Path(__file__).parents[2],
             )
         if wait:
@@ -118,7 +128,7 @@ class ServerProcess:
         """End the server with SIGKILL."""
         assert self._process is not None, "the server does not run"
         process, self._process = self._process, None
-        process.kill()
+        process.kill()  # which does nothing to one that has ended by itself
         process.wait()
 
     def kill_and_restart(self) -> None:

@@ -1,0 +1,120 @@
+"""`holdfast serve` itself: what it refuses to start with, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.support.raw import RawRun
+from tests.support.server import ServerProcess, free_port
+
+HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
+
+
+def refusal(*args: str, env: dict[str, str] | None = None) -> str:
+    """What `holdfast serve` prints when it does not start."""
+    done = subprocess.run(
+        [HOLDFAST, "serve", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+    assert done.returncode not in (0, -9), done.stdout
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split())
+
+
+def test_a_second_server_on_the_same_data_is_refused(server: ServerProcess) -> None:
+    message = refusal(f"--data-dir={server.data_dir}", f"--port={free_port()}")
+    assert str(server.data_dir) in message
+    assert str(server.pid) in message, "it says which process it is"
+    assert httpx2.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = refusal(f"--data-dir={tmp_path}", f"--port={port}")
+    assert str(port) in message
+    assert "--port" in message
+
+
+def test_an_address_for_others_needs_keys(tmp_path: Path) -> None:
+    message = refusal(f"--data-dir={tmp_path}", "--host=0.0.0.0", "--port=0")
+    assert "0.0.0.0" in message
+    assert "holdfast key create" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("nonsense", ("'nonsense'", "NAME=PATH_OR_HUB_ID")),
+        ("a=./no-such-directory", ("no-such-directory",)),
+        ("../x=.", ("'../x'",)),
+        ("a=/tmp", ("config.json",)),
+    ],
+)
+def test_a_wrong_model_is_refused(tmp_path: Path, model: str, words: tuple[str, ...]) -> None:
+    message = refusal(f"--data-dir={tmp_path}", f"--model={model}")
+    for word in words:
+        assert word in message
+
+
+def test_a_wrong_setting_in_the_config_file_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "holdfast.toml"
+    config.write_text("prot = 9000\n")
+    message = refusal(f"--config={config}")
+    assert "'prot'" in message
+    assert "port" in message
+
+
+def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
+    """Each value is out of range, so the refusal shows which one was taken."""
+    config = tmp_path / "holdfast.toml"
+    config.write_text("port = 70001\n")
+    file, environment = f"--config={config}", {"HOLDFAST_PORT": "70002"}
+    assert "70001" in refusal(file)
+    assert "70002" in refusal(file, env=environment)
+    assert "70003" in refusal(file, "--port=70003", env=environment)
+
+
+def test_workers_end_with_the_server(own_server: ServerProcess) -> None:
+    with RawRun.open(own_server) as run:
+        run.result(run.forward_backward(1))
+        (worker,) = own_server.worker_pids()
+        own_server.kill()
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{worker}/cmdline").exists():
+            if not Path(f"/proc/{worker}/cmdline").read_bytes():  # a zombie: it has ended
+                break
+            assert time.monotonic() < deadline, "the worker outlives its server"
+            time.sleep(0.05)
+        own_server.start()
+
+
+def test_a_base_model_that_cannot_be_loaded_is_an_answer_and_no_hang(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    directory = tmp_path / "server"
+    with (
+        ServerProcess(directory, models={"broken": broken, **models}) as server,
+        RawRun.open(server) as run,
+    ):
+        created = run.create(base_model="broken", model_seq_id=1)
+        message = run.failure(created["request_id"])
+        assert "'broken'" in message or str(broken) in message
+        run.result(run.forward_backward(1))
