@@ -6,14 +6,19 @@ import importlib
 
 import click
 
+from holdfast.cli.suggest import Suggesting
+
 _COMMANDS = {
     "serve": ("holdfast.cli.serve", "Serve training over HTTP."),
+    "run": ("holdfast.cli.run", "Look at training runs."),
+    "checkpoint": ("holdfast.cli.checkpoint", "List, check, move and remove checkpoints."),
+    "doctor": ("holdfast.cli.doctor", "Examine a data directory, and repair its catalog."),
     "key": ("holdfast.cli.key", "Create, list and revoke API keys."),
     "quickstart": ("holdfast.cli.quickstart", "Train, save, kill the server, resume exactly."),
 }
 
 
-class _Lazy(click.Group):
+class _Lazy(Suggesting):
     """A group whose commands are imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -1,0 +1,131 @@
+"""`holdfast doctor`."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from holdfast.cli.offline import offline_errors
+from holdfast.cli.options import data_dir
+from holdfast.cli.output import as_json, print_facts, print_json, say, size, working
+
+if TYPE_CHECKING:
+    from holdfast.runs.doctor import Diagnosis, Repaired
+
+
+@click.command(name="doctor")
+@click.option("--repair", is_flag=True, help="Rebuild the catalog's checkpoints from the store.")
+@data_dir
+@as_json
+def command(repair: bool, data_dir: Path, as_json: bool) -> None:
+    """Examine a data directory: read every byte, and compare the catalog with the store.
+
+    The store is the truth. --repair makes the catalog agree with it, and gives the newest state of
+    a run that the catalog has lost a name to resume from; the server must be stopped for it.
+    Damaged files are named; what they held can only come from a copy. Exits with 1 unless all is
+    well at the end.
+    """
+    from holdfast.runs import doctor
+    from holdfast.server.data_dir import exclusive, existing
+
+    directory = data_dir.expanduser().absolute()
+    repaired: Repaired | None = None
+    with (
+        offline_errors(),
+        existing(directory) as opened,
+        exclusive(directory) if repair else nullcontext(),
+    ):
+        with working("reading everything in the store"):
+            found = asyncio.run(doctor.examine(opened.store, opened.catalog))
+        if repair and found.repairable:
+            repaired = asyncio.run(doctor.repair(opened.store, opened.catalog))
+            with working("looking again"):
+                found = asyncio.run(doctor.examine(opened.store, opened.catalog))
+    if as_json:
+        print_json(_document(found, repaired))
+    else:
+        _show(found, repaired)
+    if not found.ok:
+        raise SystemExit(1)
+
+
+def _show(found: Diagnosis, repaired: Repaired | None) -> None:
+    print_facts(
+        [
+            ("checkpoints", found.checkpoints),
+            ("recovery points", found.recovery_points),
+            ("blobs", f"{found.blobs}, {size(found.size)}, all read"),
+            (
+                "left over",
+                f"{found.orphan_manifests} manifests and {found.orphan_blobs} blobs, "
+                f"{size(found.orphan_size)}: sweeps of the server remove them"
+                if found.orphan_manifests or found.orphan_blobs
+                else None,
+            ),
+        ]
+    )
+    if repaired is not None:
+        say(f"repaired: {repaired.listed} checkpoints listed, {repaired.removed} rows removed")
+        for key in repaired.named:
+            say(f"repaired: the last state of run {key.run} is tinker://{key}")
+    for kind, text in _problems(found):
+        say(f"{kind}: {text}")
+    if found.ok:
+        say("all is well")
+    elif found.repairable:
+        say("stop the server and call `holdfast doctor --repair` to repair the catalog")
+
+
+def _problems(found: Diagnosis) -> list[tuple[str, str]]:
+    """What is wrong: its kind, which stays, and a text."""
+    problems = [(error.code, str(error)) for error in found.damage]
+    problems += [
+        ("recovery_point_missing", f"run {run} lives, and its recovery point {id} is not there")
+        for run, id in found.lost_recovery_points.items()
+    ]
+    differences = found.differences
+    problems += [
+        ("not_in_catalog", f"tinker://{key} is in the store, and not in the catalog")
+        for key in differences.unlisted
+    ]
+    problems += [
+        ("not_in_store", f"tinker://{key} is in the catalog, and not in the store")
+        for key in differences.gone
+    ]
+    problems += [
+        ("run_not_in_catalog", f"run {run} has checkpoints, and is not in the catalog")
+        for run in differences.without_run
+    ]
+    problems += [
+        ("run_lost", f"the catalog has lost run {run}; its state at position {m.seq} is there")
+        for run, m in found.lost_runs.items()
+    ]
+    return problems
+
+
+def _document(found: Diagnosis, repaired: Repaired | None) -> dict[str, Any]:
+    """As JSON: these keys stay."""
+    return {
+        "ok": found.ok,
+        "checkpoints": found.checkpoints,
+        "recovery_points": found.recovery_points,
+        "blobs": found.blobs,
+        "size_bytes": found.size,
+        "orphans": {
+            "manifests": found.orphan_manifests,
+            "blobs": found.orphan_blobs,
+            "bytes": found.orphan_size,
+        },
+        "problems": [{"code": code, "message": text} for code, text in _problems(found)],
+        "repaired": None
+        if repaired is None
+        else {
+            "listed": repaired.listed,
+            "removed": repaired.removed,
+            "named": [f"tinker://{key}" for key in repaired.named],
+        },
+    }

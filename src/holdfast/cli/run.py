@@ -1,0 +1,126 @@
+"""`holdfast run`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from holdfast.cli.checkpoint import as_document
+from holdfast.cli.online import connect, server_options
+from holdfast.cli.output import (
+    as_json,
+    one_line_errors,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    size,
+)
+from holdfast.cli.suggest import Suggesting
+
+if TYPE_CHECKING:
+    from holdfast.protocol.rest import TrainingRun
+
+_PAGE = 500
+
+
+@click.group(name="run", cls=Suggesting)
+def command() -> None:
+    """Look at training runs."""
+
+
+@command.command(name="list")
+@click.option(
+    "--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many."
+)
+@server_options
+@as_json
+def list_(limit: int, url: str, api_key: str, as_json: bool) -> None:
+    """List your runs, the newest first."""
+    found: list[TrainingRun] = []
+    with one_line_errors():
+        rest = connect(url, api_key)
+        while True:
+            wanted = min(_PAGE, limit - len(found))
+            page = rest.list_training_runs(wanted, len(found)).result()
+            found += page.training_runs
+            if len(page.training_runs) < wanted or len(found) >= limit:
+                break
+    if as_json:
+        print_json([_as_document(run) for run in found])
+        return
+    if not found:
+        say("there are no runs")
+        return
+    print_table(
+        ("run", "base model", "rank", "last request (UTC)", "last checkpoint", ""),
+        [
+            (
+                run.training_run_id,
+                run.base_model,
+                run.lora_rank,
+                run.last_request_time,
+                None if run.last_checkpoint is None else run.last_checkpoint.checkpoint_id,
+                "corrupted" if run.corrupted else None,
+            )
+            for run in found
+        ],
+        right="rank",
+    )
+    if page.cursor.total_count > len(found):
+        say(f"{len(found)} of {page.cursor.total_count} shown; --limit shows more")
+
+
+@command.command()
+@click.argument("run")
+@server_options
+@as_json
+def info(run: str, url: str, api_key: str, as_json: bool) -> None:
+    """Show a run and its checkpoints. RUN is its id, as `list` shows it."""
+    with one_line_errors():
+        rest = connect(url, api_key)
+        found = rest.get_training_run(run).result()
+        checkpoints = rest.list_checkpoints(run).result().checkpoints
+    if as_json:
+        print_json(
+            _as_document(found) | {"checkpoints": [as_document(item) for item in checkpoints]}
+        )
+        return
+    metadata = found.user_metadata or {}
+    print_facts(
+        [
+            ("run", found.training_run_id),
+            ("owner", found.model_owner),
+            ("base model", found.base_model),
+            ("LoRA rank", found.lora_rank),
+            ("last request", found.last_request_time),
+            ("corrupted", "yes: its replay gave other results" if found.corrupted else None),
+            *((f"metadata {key}", value) for key, value in sorted(metadata.items())),
+        ]
+    )
+    if checkpoints:
+        print_table(
+            ("checkpoint", "step", "size", "created (UTC)", "expires (UTC)"),
+            [
+                (c.checkpoint_id, c.step, size(c.size_bytes), c.time, c.expires_at)
+                for c in checkpoints
+            ],
+            right="step size",
+        )
+
+
+def _as_document(run: TrainingRun) -> dict[str, Any]:
+    """A run as JSON: these keys stay."""
+    last, sampler = run.last_checkpoint, run.last_sampler_checkpoint
+    return {
+        "run": run.training_run_id,
+        "owner": run.model_owner,
+        "base_model": run.base_model,
+        "lora_rank": run.lora_rank,
+        "last_request": run.last_request_time,
+        "corrupted": run.corrupted,
+        "last_checkpoint": None if last is None else last.tinker_path,
+        "last_sampler_checkpoint": None if sampler is None else sampler.tinker_path,
+        "user_metadata": run.user_metadata or {},
+    }

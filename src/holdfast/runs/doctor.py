@@ -1,0 +1,174 @@
+"""Examining a data directory: what is damaged, what is left over, what the catalog does not know.
+
+The store is the truth. Repairing makes the catalog agree with it; damaged bytes cannot be repaired,
+only named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from holdfast.catalog import Catalog
+from holdfast.catalog.tables import runs, snapshots
+from holdfast.runs.checkpoints import Checkpoints, Differences
+from holdfast.store import Manifest, MissingManifest, NameKey, Store, StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was found. Sizes are bytes."""
+
+    checkpoints: int
+    """Names in the store."""
+    recovery_points: int
+    """Manifests without a name."""
+    blobs: int
+    size: int
+    """Of all blobs."""
+    damage: tuple[StoreError, ...]
+    orphan_manifests: int
+    """That nothing leads to: deleted, expired or replaced. The next sweeps remove them."""
+    orphan_blobs: int
+    orphan_size: int
+    differences: Differences
+    lost_recovery_points: Mapping[str, str] = field(default_factory=dict)
+    """Live runs whose newest recovery point the store does not have, and its manifest."""
+    lost_runs: Mapping[str, Manifest] = field(default_factory=dict)
+    """Runs that the catalog does not know, and the newest state of each."""
+
+    @property
+    def repairable(self) -> bool:
+        """Whether there is anything that `repair` changes."""
+        return bool(self.differences or self.lost_runs)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.damage or self.repairable or self.lost_recovery_points)
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What a repair did."""
+
+    listed: int
+    """Checkpoints that were added to the catalog, or brought up to date."""
+    removed: int
+    """Rows of checkpoints that the store does not have."""
+    named: tuple[NameKey, ...]
+    """States of lost runs, which can be resumed from these names."""
+
+
+async def examine(store: Store, catalog: Catalog) -> Diagnosis:
+    """Read everything. Beside a running server, what it changes meanwhile may show as well."""
+    differences = await Checkpoints(store, catalog).differences()
+    report = await asyncio.to_thread(store.verify)
+    reached = await asyncio.to_thread(_reach, store)
+    used = {b.hash: b.size for m in reached.all.values() for b in m.files.values()}
+    return Diagnosis(
+        checkpoints=reached.names,
+        recovery_points=len(reached.unnamed),
+        blobs=report.blobs,
+        size=report.size,
+        damage=report.problems,
+        orphan_manifests=max(0, report.manifests - len(reached.all)),
+        orphan_blobs=max(0, report.blobs - len(used)),
+        orphan_size=max(0, report.size - sum(used.values())),
+        differences=differences,
+        lost_recovery_points=await _lost_recovery_points(store, catalog),
+        lost_runs=_newest(await _of_lost_runs(reached, catalog)),
+    )
+
+
+async def repair(store: Store, catalog: Catalog) -> Repaired:
+    """Make the catalog's index of checkpoints agree with the store. No server may be running.
+
+    The newest state of a run that the catalog does not know gets a name, `auto.POSITION`, from
+    which training goes on; the run's other recovery points are let go.
+    """
+    checkpoints = Checkpoints(store, catalog)
+    reached = await asyncio.to_thread(_reach, store)
+    lost = await _of_lost_runs(reached, catalog)
+    named = []
+    for manifest in _newest(lost).values():
+        state = dataclasses.replace(manifest, name=f"auto.{manifest.seq}")
+        await checkpoints.publish(state, replace=True)
+        assert state.key is not None
+        named.append(state.key)
+    await checkpoints.discard(list(lost))
+    listed, removed = await checkpoints.reconcile()
+    return Repaired(listed + len(named), removed, tuple(named))
+
+
+@dataclass(slots=True)
+class _Reached:
+    """What names and recovery points lead to, as far as it can be read."""
+
+    names: int = 0
+    all: dict[str, Manifest] = field(default_factory=dict)
+    unnamed: dict[str, Manifest] = field(default_factory=dict)
+
+
+def _reach(store: Store) -> _Reached:
+    reached = _Reached()
+    damage: list[StoreError] = []  # which verifying reports
+    for _, manifest_id in store.names(on_damage=damage.append):
+        reached.names += 1
+        try:
+            reached.all[manifest_id] = store.read_manifest(manifest_id)
+        except StoreError as error:
+            damage.append(error)
+    reached.unnamed = dict(store.unnamed(on_damage=damage.append))
+    reached.all |= reached.unnamed
+    return reached
+
+
+async def _of_lost_runs(reached: _Reached, catalog: Catalog) -> dict[str, Manifest]:
+    """Recovery points of runs that the catalog does not know."""
+    known = await catalog.read(lambda c: set(c.scalars(sa.select(runs.c.id).distinct())))
+    return {id: m for id, m in reached.unnamed.items() if m.run not in known}
+
+
+def _newest(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    """The newest state of each run that can be trained on from one."""
+    found: dict[str, Manifest] = {}
+    for manifest in manifests.values():
+        other = found.get(manifest.run)
+        newer = other is None or (other.seq, other.created) < (manifest.seq, manifest.created)
+        if manifest.kind == "training" and newer:
+            found[manifest.run] = manifest
+    return found
+
+
+async def _lost_recovery_points(store: Store, catalog: Catalog) -> dict[str, str]:
+    def query(connection: sa.Connection) -> dict[str, str]:
+        rows = connection.execute(
+            sa.select(snapshots.c.run_id, snapshots.c.manifest)
+            .join(
+                runs,
+                (runs.c.id == snapshots.c.run_id) & (runs.c.generation == snapshots.c.generation),
+            )
+            .where(runs.c.state == "live")
+            .order_by(snapshots.c.seq)
+        )
+        return {row.run_id: row.manifest for row in rows}
+
+    def is_missing(manifest_id: str) -> bool:
+        try:
+            store.read_manifest(manifest_id)
+        except MissingManifest:
+            return True
+        except StoreError:  # which verifying reports
+            pass
+        return False
+
+    newest = await catalog.read(query)
+    return {
+        run: manifest_id
+        for run, manifest_id in newest.items()
+        if await asyncio.to_thread(is_missing, manifest_id)
+    }
