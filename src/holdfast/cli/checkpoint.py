@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.cli import checkpoint_files
-from holdfast.cli.online import Duration, PathType, connect, server_options
+from holdfast.cli.online import Duration, DurationOrNever, PathType, connect, server_options
 from holdfast.cli.output import (
     as_json,
     bytes_progress,
     one_line_errors,
     print_facts,
+    print_groups,
     print_json,
     print_table,
     say,
@@ -52,9 +53,10 @@ for _offline in (checkpoint_files.verify, checkpoint_files.export, checkpoint_fi
 @server_options
 @as_json
 def list_(run: str | None, limit: int, url: str, api_key: str, as_json: bool) -> None:
-    """List your checkpoints, the newest first.
+    """List your checkpoints by run, the newest first.
 
-    "own" is what deleting a checkpoint gives back: the bytes that no other one shares.
+    A checkpoint's PATH is the run's line and its own together. "own" is what deleting a checkpoint
+    gives back: the bytes that no other one shares.
     """
     with one_line_errors():
         found, total = _listed(connect(url, api_key), run, limit)
@@ -64,20 +66,23 @@ def list_(run: str | None, limit: int, url: str, api_key: str, as_json: bool) ->
     if not found:
         say("there are no checkpoints" + (f" of run {run}" if run else ""))
         return
-    print_table(
-        ("path", "step", "size", "own", "created (UTC)", "expires (UTC)", "public"),
-        [
+    groups: dict[str, list[tuple[object, ...]]] = {}
+    for item in found:
+        run_id = CheckpointPath.parse(item.tinker_path).run_id
+        groups.setdefault(f"tinker://{run_id}/", []).append(
             (
-                item.tinker_path,
+                item.checkpoint_id,
                 item.step,
                 size(item.size_bytes),
                 size(item.own_bytes),
                 item.time,
                 item.expires_at,
-                "yes" if item.public else "",
+                "public" if item.public else "",
             )
-            for item in found
-        ],
+        )
+    print_groups(
+        ("checkpoint", "step", "size", "own", "created (UTC)", "expires (UTC)", ""),
+        groups,
         right="step size own",
     )
     if total > len(found):
@@ -234,12 +239,12 @@ def delete(
 
 @command.command()
 @click.argument("path", type=PathType())
-@click.argument("time")
+@click.argument("time", type=DurationOrNever())
 @server_options
 @as_json
-def ttl(path: CheckpointPath, time: str, url: str, api_key: str, as_json: bool) -> None:
+def ttl(path: CheckpointPath, time: int | str, url: str, api_key: str, as_json: bool) -> None:
     """Let a checkpoint expire after TIME from now, such as 12h, 7d or 1y, or `never`."""
-    seconds = None if time == "never" else Duration().convert(time, None, None)
+    seconds = time if isinstance(time, int) else None
     with one_line_errors():
         rest = connect(url, api_key)
         rest.set_checkpoint_ttl_from_tinker_path(str(path), seconds).result()

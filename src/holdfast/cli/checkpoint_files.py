@@ -18,6 +18,7 @@ from holdfast.cli.options import data_dir
 from holdfast.cli.output import (
     as_json,
     bytes_progress,
+    count,
     print_json,
     say,
     size,
@@ -55,7 +56,7 @@ def verify(path: tuple[CheckpointPath, ...], every: bool, data_dir: Path, as_jso
     else:
         for _, message in problems:
             say(f"Error: {message}")
-        what = f"{checked['manifests']} manifests, {checked['blobs']} blobs"
+        what = f"{count(checked['manifests'], 'manifest')}, {count(checked['blobs'], 'blob')}"
         say(
             f"{what}, {size(checked['bytes'])} read: "
             + (f"{len(problems)} damaged" if problems else "all whole")

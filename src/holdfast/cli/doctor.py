@@ -11,7 +11,7 @@ import click
 
 from holdfast.cli.offline import offline_errors
 from holdfast.cli.options import data_dir
-from holdfast.cli.output import as_json, print_facts, print_json, say, size, working
+from holdfast.cli.output import as_json, count, print_facts, print_json, say, size, working
 
 if TYPE_CHECKING:
     from holdfast.runs.doctor import Diagnosis, Repaired
@@ -61,7 +61,7 @@ def _show(found: Diagnosis, repaired: Repaired | None) -> None:
             ("blobs", f"{found.blobs}, {size(found.size)}, all read"),
             (
                 "left over",
-                f"{found.orphan_manifests} manifests and {found.orphan_blobs} blobs, "
+                f"{count(found.orphan_manifests, 'manifest')} and {count(found.orphan_blobs, 'blob')}, "
                 f"{size(found.orphan_size)}: sweeps of the server remove them"
                 if found.orphan_manifests or found.orphan_blobs
                 else None,
@@ -69,7 +69,10 @@ def _show(found: Diagnosis, repaired: Repaired | None) -> None:
         ]
     )
     if repaired is not None:
-        say(f"repaired: {repaired.listed} checkpoints listed, {repaired.removed} rows removed")
+        say(
+            f"repaired: {count(repaired.listed, 'checkpoint')} listed, "
+            f"{count(repaired.removed, 'row')} removed"
+        )
         for key in repaired.named:
             say(f"repaired: the last state of run {key.run} is tinker://{key}")
     for kind, text in _problems(found):

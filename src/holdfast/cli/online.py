@@ -76,3 +76,14 @@ class Duration(click.ParamType[int]):
         if not found:
             self.fail(f"{value!r} is not a time such as 3600, 90m, 12h, 7d, 4w or 1y", param, ctx)
         return int(found[1]) * self.units[found[2] or "s"]
+
+
+class DurationOrNever(click.ParamType[int | str]):
+    """A Duration, or `never`."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return "never" if value == "never" else Duration().convert(value, param, ctx)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from holdfast.protocol.errors import HoldfastError
+from holdfast.protocol.errors import ConnectionFailedError, HoldfastError
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -34,19 +34,40 @@ def print_json(value: object) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: str = ""
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    right: str = "",
+    widths: Sequence[int] = (),
 ) -> None:
     """A table; the columns named in `right`, separated by spaces, are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        # What is to be copied from a table stays whole.
-        number = column in right.split()
+    for number, column in enumerate(columns):
+        is_number = column in right.split()
         table.add_column(
-            column, justify="right" if number else "left", no_wrap=number, overflow="fold"
+            column,
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            overflow="fold",
+            min_width=widths[number] if widths else None,
         )
     for row in rows:
         table.add_row(*(escape(shown(cell)) for cell in row))
     _console().print(table)
+
+
+def print_groups(
+    columns: Sequence[str], groups: Mapping[str, Sequence[Sequence[object]]], *, right: str = ""
+) -> None:
+    """A table for each group, below its name; their columns are below each other."""
+    rows = [row for group in groups.values() for row in group]
+    widths = [
+        max(len(column), *(len(shown(row[number])) for row in rows))
+        for number, column in enumerate(columns)
+    ]
+    for name, group in groups.items():
+        _console().print(escape(name), style="cyan", soft_wrap=True)
+        print_table(columns, group, right=right, widths=widths)
 
 
 def print_facts(facts: Sequence[tuple[str, object]]) -> None:
@@ -62,7 +83,7 @@ def print_facts(facts: Sequence[tuple[str, object]]) -> None:
 
 def say(text: str) -> None:
     """A line for people, on standard error, so that it is in no program's way."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(escape(text))
 
 
 def shown(value: object) -> str:
@@ -73,7 +94,7 @@ def shown(value: object) -> str:
         case bool():
             return "yes" if value else "no"
         case datetime():
-            return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+            return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
     return str(value)
 
 
@@ -93,6 +114,15 @@ def size(count: int | None) -> str:
     return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> count(1, "blob"), count(2, "blob")
+    ('1 blob', '2 blobs')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @contextmanager
 def bytes_progress(title: str, total: int | None) -> Iterator[Any]:
     """A bar on standard error; gives a function that takes the bytes done so far."""
@@ -101,7 +131,7 @@ def bytes_progress(title: str, total: int | None) -> Iterator[Any]:
         BarColumn(bar_width=32),
         DownloadColumn(),
         TransferSpeedColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, emoji=False),
         transient=True,
         disable=not sys.stderr.isatty(),
     ) as progress:
@@ -116,7 +146,7 @@ def working(title: str) -> Iterator[None]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, emoji=False),
         transient=True,
         disable=not sys.stderr.isatty(),
     ) as progress:
@@ -129,6 +159,10 @@ def one_line_errors() -> Iterator[None]:
     """Errors of the client, and of the disk, as one line and exit status 1."""
     try:
         yield
+    except ConnectionFailedError as error:
+        raise click.ClickException(
+            f"{error.message}; is a server running there? Another one is named with --url"
+        ) from error
     except HoldfastError as error:
         raise click.ClickException(f"{error.message} ({error.code})") from error
     except OSError as error:
@@ -137,7 +171,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def _plain(value: object) -> str:

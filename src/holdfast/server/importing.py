@@ -66,13 +66,13 @@ def import_checkpoint(
         if base is not None:
             raise InvalidFile(
                 f"{source} says itself which base model it belongs to "
-                f"({found.manifest.base_model!r}); leave the base model out"
+                f"({found.manifest.base_model!r}); leave --base-model out"
             )
         return _as_it_was(store, found.files, found.manifest, wishes)
     if base is None:
         raise InvalidFile(
             f"{source} does not say which version of its base model it belongs to; name the base "
-            "model and its directory"
+            "model and the directory of its files (--base-model NAME=DIR)"
         )
     return _adapter(store, found.files, base, wishes)
 
