@@ -65,8 +65,8 @@ class Keys:
         owner = self._owners.get(_hash(key))
         if owner is None:
             raise AuthenticationError(
-                f"the API key beginning {key[:8]!r} is not known here; ask who runs this server "
-                "for one"
+                "this API key is not known here; ask who runs this server for one, or make one with "
+                "`holdfast key create`"
             )
         return owner
 
