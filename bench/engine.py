@@ -1,7 +1,7 @@
 """forward_backward + optim_step: a worker process beside a bare transformers + PEFT + AdamW loop.
 
 Interleaved pairs, same batch and threads; the median of the pairs' ratios and their spread. With
-`--save-every N`, a third of the story: how long the step after a capture takes.
+`--save-every N` also how long a step takes when a capture precedes it.
 
     python bench/engine.py [--model tiny|medium] [--pairs 10] [--threads 2] [--save-every 0]
 """

@@ -22,7 +22,7 @@ Category = Literal["user", "server"]
 
 
 class EngineError(Exception):
-    """An operation that failed and changed nothing but what RUNS.md calls its recorded effect.
+    """An operation that failed. It changed nothing, apart from marks that its method names.
 
     `code` is stable, `message` is for people: it names the value and what would be right.
     """

@@ -102,7 +102,7 @@ class ForwardOutput:
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """The body of a sampling operation; the meaning of each field is the wire's (WIRE.md 8)."""
+    """The body of a sampling operation; each field means what it means on the wire."""
 
     prompt: Array
     """int32 [N]"""

@@ -72,7 +72,7 @@ class WorkerProcess:
         of captured states that wait to be written.
         """
         if threads is None:
-            threads = len(os.sched_getaffinity(0))
+            threads = _processors()
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -262,6 +262,12 @@ def _seen(future: asyncio.Future[frames.Frame]) -> None:
     """An answer that nobody waits for any more is no reason for a message."""
     if not future.cancelled():
         future.exception()
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _environment(threads: int) -> dict[str, str]:
