@@ -235,7 +235,12 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
         )
         .order_by(operations.c.seq)
     )
-    return [Journaled(Entry(r.seq, r.kind, r.body_hash, State(r.state)), r.mark_at) for r in rows]
+    return [
+        Journaled(
+            Entry(r.seq, r.kind, r.body_hash, State(r.state), late=r.mark_at is not None), r.mark_at
+        )
+        for r in rows
+    ]
 
 
 def set_config(

@@ -56,6 +56,8 @@ class Entry:
     kind: str
     body_hash: str | None
     state: State = State.ACCEPTED
+    late: bool = False
+    """Came after it had been skipped: its place is empty, its mark has a place of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class Order:
         Returns the position at which that takes effect: after what has been passed, also where
         that is still to be replayed, and after the operation under way.
         """
-        self._entries[seq] = Entry(seq, kind, body_hash, State.FAILED)
+        self._entries[seq] = Entry(seq, kind, body_hash, State.FAILED, late=True)
         following = self._entries.get(self._reached + 1)
         running = following is not None and following.state is State.RUNNING
         return self._reached + running

@@ -103,7 +103,7 @@ class Recovery:
         """Bring a settled operation's effect about again."""
         run = self._run
         changes = entry.kind in bodies.CHANGES_STATE
-        if entry.state is State.SKIPPED or not changes:
+        if entry.state is State.SKIPPED or entry.late or not changes:
             return
         record = await run.services.catalog.read(lambda c: journal.record(c, run.key, entry.seq))
         run.note = f"recovering, operation {entry.seq} of {self._to}"
