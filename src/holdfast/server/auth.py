@@ -65,7 +65,7 @@ class Keys:
         owner = self._owners.get(_hash(key))
         if owner is None:
             raise AuthenticationError(
-                "this API key is not known here; ask who runs this server for one, or make one with "
+                "this API key is not known here; ask who runs this server for one, or make one by "
                 "`holdfast key create`"
             )
         return owner
