@@ -201,8 +201,9 @@ def breaks_a_promise(without: str) -> bool:
             for left_out in run(steps, crash, None, without).process.left_out:
                 for n in range(left_out, left_out + 15):  # where it most likely shows
                     crash(run(steps, crash, n, without), n)
-        # The rarer ways first: those that the others found are found already.
-        for crash, steps in itertools.product(reversed(CRASHES), SCENARIOS.values()):
+        # Last those that most likely would have shown it above.
+        late = [kill_and_reopen, kill_and_use, kill_and_collect, kill_and_repeat, lose_power]
+        for crash, steps in itertools.product(late, SCENARIOS.values()):
             crash_everywhere(steps, crash, without)
     except (AssertionError, StoreError):
         return True
