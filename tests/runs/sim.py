@@ -212,6 +212,8 @@ class World:
         self.clock = Clock()
         self.kill_in: int | None = None
         """Points after which the server is killed."""
+        self.kill_at: frozenset[str] | None = None
+        """Which points count; None: all."""
         self.die_in: int | None = None
         """Steps of an engine after which the worker dies."""
         self.refuse_commits = 0
@@ -308,6 +310,8 @@ class World:
 
     def point(self, what: str) -> None:
         if self._quiet or self.kill_in is None:
+            return
+        if self.kill_at is not None and what not in self.kill_at:
             return
         self.kill_in -= 1
         if self.kill_in < 0:

@@ -334,7 +334,12 @@ class Clients(RuleBasedStateMachine):
     @rule()
     def everything_ends(self) -> None:
         """Nothing waits for ever: each future has its outcome after the leases at the latest."""
-        world = self._world
+        self.all_end()
+        self.deaths_since_quiet = 0
+        self._world.die_in = None
+
+    def all_end(self) -> None:
+        """Wait for every outcome, and check it."""
         for run in self.all:
             limit = self._now + 120 + 400 * (len(run.holes) + 1) + 60 * (1 + len(self.all))
             for op in list(run.ops.values()):
@@ -343,8 +348,6 @@ class Clients(RuleBasedStateMachine):
                     if outcome is not None:
                         self._check(run, op, outcome)
                     assert self._now < limit, f"{op} of {run.id} does not end ({note})"
-        self.deaths_since_quiet = 0
-        world.die_in = None
 
     # --- Ends --------------------------------------------------------------------------------
 
@@ -377,7 +380,7 @@ class Clients(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if self.world is None:
-            self.logs.__exit__(None, None, None)
+            self.close()
             return
         try:
             self._world.kill_in = None
@@ -388,8 +391,13 @@ class Clients(RuleBasedStateMachine):
             self._check_checkpoints()
             self._check_logs()
         finally:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the simulated world."""
+        if self.world is not None:
             self.world.close()
-            self.logs.__exit__(None, None, None)
+        self.logs.__exit__(None, None, None)
 
     # --- Checks ------------------------------------------------------------------------------
 
@@ -553,7 +561,8 @@ class Clients(RuleBasedStateMachine):
                 sa.select(operations.c.mark_at).where(
                     (operations.c.run_id == run.id) & (operations.c.seq == op.seq)
                 )
-            ).one()
+            ).one_or_none()
+        assert row is not None, f"{op} was answered and is not in the journal"
         if row.mark_at is None:
             assert not gone, f"{op} had been skipped, and was taken all the same"
             run.add(op, started)
