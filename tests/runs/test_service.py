@@ -41,7 +41,7 @@ from .model import KEPT_AFTER_READ, ModelRun, Names, Op, agree
 from .sim import World
 from .toy import NAME, ToyState, batch
 
-EXAMPLES = int(os.environ.get("HOLDFAST_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("HOLDFAST_EXAMPLES", "40"))
 OWNER = "local"
 DEFECTS = ("driver failed", "publishing failed", "background work failed", "a defect")
 

@@ -1,0 +1,131 @@
+"""What outlives a worker, a session, a locked database, and a client that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from holdfast.catalog.tables import operations
+from holdfast.runs import bodies
+from holdfast.runs.bodies import Save
+from holdfast.runs.driver import IDLE_BEFORE_EVICTION, Driver
+from holdfast.store import NameKey
+
+from .test_service import OWNER, Clients, steps
+from .toy import batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+DAY = 24 * 3600.0
+
+
+@pytest.fixture
+def clients() -> Iterator[Clients]:
+    clients = Clients()
+    clients.begin(seed=1, client="python")
+    yield clients
+    clients.close()
+
+
+def train(clients: Clients, run: int = 0) -> None:
+    clients._submit(clients.all[run], bodies.FORWARD_BACKWARD, batch(1))
+    clients._submit(clients.all[run], bodies.OPTIM_STEP, steps())
+    clients._submit(clients.all[run], bodies.FORWARD_BACKWARD, batch(2))
+
+
+def expire(clients: Clients) -> NameKey:
+    """Let the session expire; where its run's last state must be."""
+    (run,) = clients.all
+    run.ending = "session_ended"
+    clients._world.let(31 * 60)
+    clients.sessions.clear()
+    return NameKey(run.id, "weights", f"auto.{run.highest}")
+
+
+@pytest.mark.parametrize("what", ["nothing", "restart", "kill", "worker"])
+def test_the_last_state_of_an_expired_session_is_kept(clients: Clients, what: str) -> None:
+    train(clients)
+    clients.all_end()
+    match what:
+        case "restart":
+            clients.restart()
+        case "kill":
+            clients.kill()
+        case "worker":
+            clients.kill_the_worker()
+    key = expire(clients)
+    assert clients._world.store.resolve(key) is not None
+    clients._check_checkpoints()
+
+
+def test_the_last_state_is_lost_when_only_a_worker_that_holds_it_is_asked(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def keep(driver: Driver, expires: float) -> bool:
+        if driver._placement.held:
+            await driver._publisher.keep_as("auto.3", expires)
+        return True
+
+    monkeypatch.setattr(Driver, "keep_last_state", keep)
+    train(clients)
+    clients.all_end()
+    clients._world.let(IDLE_BEFORE_EVICTION + 60)
+    assert clients._world.store.resolve(expire(clients)) is None
+
+
+def test_a_session_whose_end_was_interrupted_is_ended_at_the_next_start(clients: Clients) -> None:
+    (run,) = clients.all
+    train(clients)
+    run.ending, run.murky = "session_ended", True
+    session = clients.sessions.pop()
+    clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
+    clients.kill()  # before the runs were ended
+    clients._world.let(10.0)
+    clients.all_end()
+    record = clients._do(lambda: clients._world.runs.record(run.id, OWNER))
+    assert record.state == "unloaded"
+
+
+@pytest.mark.parametrize("refused", range(1, 8))
+def test_a_locked_database_delays_a_save_and_fails_nothing(clients: Clients, refused: int) -> None:
+    (run,) = clients.all
+    train(clients)
+    clients._submit(run, bodies.SAVE_WEIGHTS, Save("a"))
+    clients.refuse_commits(commits=refused)
+    clients._submit(run, bodies.FORWARD_BACKWARD, batch(3))
+    clients.all_end()
+    clients._check_checkpoints()
+
+
+def test_a_killing_operation_is_not_laid_to_its_neighbours(clients: Clients) -> None:
+    clients.create(pick=0, rank=1)
+    first, second = clients.all
+    clients._submit(first, bodies.FORWARD_BACKWARD, batch(1, kills=True))
+    train(clients, 1)
+    clients.all_end()
+    with clients._world.catalog._engine.connect() as connection:
+        blamed = connection.scalars(
+            sa.select(operations.c.run_id).where(operations.c.attempts > 0)
+        ).all()
+    assert blamed == [first.id]
+    assert second.highest == 3
+
+
+def test_a_submission_whose_client_goes_away_is_in_its_place(clients: Clients) -> None:
+    (run,) = clients.all
+    body = batch(1)
+
+    async def leave() -> None:
+        live = await clients._world.runs.live(run.id, OWNER)
+        asking = asyncio.create_task(live.submit(1, bodies.FORWARD_BACKWARD, body))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+
+    clients._do(leave)
+    clients._submit(run, bodies.FORWARD_BACKWARD, body, seq=1)
+    clients.all_end()
