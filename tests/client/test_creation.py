@@ -10,6 +10,7 @@ from holdfast import ServiceClient, TrainingClient
 from holdfast.client.futures import ClientFuture
 from holdfast.errors import (
     AwaitTimeoutError,
+    ClosedError,
     InvalidAnswerError,
     NotFoundError,
     OperationCancelledError,
@@ -169,6 +170,19 @@ def test_nothing_is_sent_before_the_first_use(scripted: ScriptedServer) -> None:
     client = ServiceClient(base_url=scripted.url)
     client.close().result(10)
     assert scripted.requests == []
+
+
+def test_closing_while_the_session_is_being_made_ends_it(scripted: ScriptedServer) -> None:
+    scripted.faults["create_session"].append(Fault(delay=0.3))
+    client = ServiceClient(base_url=scripted.url, retry_config=QUICK)
+    making = client.create_lora_training_client("tiny")
+    while not scripted.sent("create_session"):
+        time.sleep(0.01)
+    client.close().result(10)
+    assert len(scripted.sent("sessions/S1/finish")) == 1
+    with pytest.raises(ClosedError):
+        making.result(10)
+    assert scripted.models == {}
 
 
 def test_wrong_arguments_are_errors_of_the_call(client: ServiceClient) -> None:

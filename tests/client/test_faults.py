@@ -266,6 +266,30 @@ def test_a_server_that_never_answers_ends_with_an_error_that_says_so(
     assert applied(scripted, training) == []
 
 
+def test_a_server_that_leaves_during_the_polls_ends_all_of_them_at_once(
+    scripted: ScriptedServer,
+) -> None:
+    patience = RetryConfig(give_up_after=0.5, first_delay=0.01, max_delay=0.05)
+    with ServiceClient(base_url=scripted.url, retry_config=patience) as client:
+        training = client.create_lora_training_client("tiny").result(10)
+        scripted.op_seconds = 30.0
+        futures = [training.optim_step() for _ in range(10)]
+        while len(applied(scripted, training)) < 10:
+            time.sleep(0.01)
+        scripted.down()
+        started = time.monotonic()
+        for future in futures:
+            with pytest.raises(ConnectionFailedError, match="was accepted and may still finish"):
+                future.result(10)
+        assert time.monotonic() - started < 3
+        scripted.up()
+        scripted.op_seconds = 0.0
+        scripted.models[training.model_id].ready_at = 0.0
+        # What was accepted is in order: the client goes on with the next number.
+        training.optim_step().result(10)
+        assert [seq for seq, _ in applied(scripted, training)] == list(range(1, 12))
+
+
 def test_a_permanent_503_ends_with_the_servers_own_words(scripted: ScriptedServer) -> None:
     patience = RetryConfig(give_up_after=0.3, first_delay=0.01, max_delay=0.05)
     with ServiceClient(base_url=scripted.url, retry_config=patience) as client:

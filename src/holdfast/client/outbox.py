@@ -30,9 +30,11 @@ from holdfast.client.http import (
 from holdfast.client.polling import is_failure, poll
 from holdfast.protocol.errors import (
     ClosedError,
+    ConnectionFailedError,
     HoldfastError,
     InvalidAnswerError,
     ResumeError,
+    RetryLaterError,
     error_from_body,
 )
 from holdfast.protocol.futures import FutureHandle
@@ -246,6 +248,10 @@ class Outbox:
                 _settle(operation, polling.result())
             else:
                 _fail(operation, failure)
+                if isinstance(failure, ConnectionFailedError | RetryLaterError):
+                    # The others would each wait as long for the same server.
+                    while self._accepted:
+                        _fail(self._accepted.popleft(), failure)
 
 
 def closed(what: str) -> ClosedError:

@@ -106,6 +106,8 @@ async def poll(
         delay = patience.delay(answer)
         if delay is None:
             failure.request_id = request_id
+            failure.message += "; the operation was accepted and may still finish"
+            failure.args = (failure.message,)
             raise failure
         log.debug("polling %s: %s; again in %.2f s", request_id, failure.message, delay)
         await asyncio.sleep(delay)

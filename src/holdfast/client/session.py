@@ -56,7 +56,7 @@ class Session:
             sdk_version=f"holdfast-{VERSION}",
         )
         self._id: str | None = None
-        self._creating: asyncio.Task[str] | None = None
+        self._creating: asyncio.Task[None] | None = None
         self._heartbeat: asyncio.Task[None] | None = None
         self._forget_exit: Callable[[], None] = lambda: None
         self._models = itertools.count()
@@ -64,15 +64,15 @@ class Session:
 
     async def id(self) -> str:
         """The session's id; the first call makes the session, calls beside it wait for it."""
-        if self.closed:
+        if self._id is None and not self.closed:
+            if self._creating is None or self._creating.done():
+                self._creating = asyncio.create_task(self._create())
+            await asyncio.shield(self._creating)
+        if self.closed or self._id is None:
             raise ClosedError("this ServiceClient is closed: make a new one")
-        if self._id is not None:
-            return self._id
-        if self._creating is None or self._creating.done():
-            self._creating = asyncio.create_task(self._create())
-        return await asyncio.shield(self._creating)
+        return self._id
 
-    async def _create(self) -> str:
+    async def _create(self) -> None:
         self.config = await read_config(self.server)
         answer = await self.server.call("POST", "create_session", self._request)
         created = answer.read(CreateSessionResponse)
@@ -93,7 +93,6 @@ class Session:
                 await session._finish_at_exit()
 
         self._forget_exit = self.server.runtime.at_exit(finish)
-        return self._id
 
     def next_model(self) -> int:
         """The next number for a model of this session; from any thread."""
@@ -108,6 +107,9 @@ class Session:
         if self.closed:
             return
         self.closed = True
+        if self._creating is not None:
+            # One that is being made right now has to be ended as well.
+            await asyncio.wait({self._creating})
         self._forget_exit()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
