@@ -17,11 +17,11 @@ from tinker.types import SessionSearchRequest
 
 from holdfast.catalog import Catalog
 from holdfast.runs.checkpoints import Checkpoints
-from holdfast.store import LocalStore, NameKey
+from holdfast.store import LocalStore
 from tests.store.samples import manifest_of
 from tests.support.raw import RawRun, assert_refused
 from tests.support.sdk import WAIT, sdk_environment, service_client, step, trace
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, key_of
 
 KEY = "x-idempotency-key"
 
@@ -63,10 +63,6 @@ def address(path: str) -> str:
     """Of a checkpoint, under /api/v1/."""
     run, kind, name = path.removeprefix("tinker://").split("/")
     return f"training_runs/{run}/checkpoints/{kind}/{name}"
-
-
-def key_of(path: str) -> NameKey:
-    return NameKey(*path.removeprefix("tinker://").split("/"))
 
 
 # --- Copies ----------------------------------------------------------------------------------

@@ -54,18 +54,16 @@ def command(repair: bool, data_dir: Path, as_json: bool) -> None:
 
 
 def _show(found: Diagnosis, repaired: Repaired | None) -> None:
+    left_over = (
+        f"{count(found.orphan_manifests, 'manifest')} and {count(found.orphan_blobs, 'blob')}, "
+        f"{size(found.orphan_size)}: sweeps of the server remove them"
+    )
     print_facts(
         [
             ("checkpoints", found.checkpoints),
             ("recovery points", found.recovery_points),
             ("blobs", f"{found.blobs}, {size(found.size)}, all read"),
-            (
-                "left over",
-                f"{count(found.orphan_manifests, 'manifest')} and {count(found.orphan_blobs, 'blob')}, "
-                f"{size(found.orphan_size)}: sweeps of the server remove them"
-                if found.orphan_manifests or found.orphan_blobs
-                else None,
-            ),
+            ("left over", left_over if found.orphan_manifests or found.orphan_blobs else None),
         ]
     )
     if repaired is not None:

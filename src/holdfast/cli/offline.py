@@ -30,12 +30,17 @@ def open_data_store(data_dir: Path) -> Iterator[Store]:
 
 @contextmanager
 def offline_errors() -> Iterator[None]:
-    """Errors of the store and the runs as well, in one line."""
+    """Errors of the store and the runs as well, in one line, and nothing else of their log."""
+    import structlog
+
     from holdfast.catalog import CatalogUnavailable
     from holdfast.runs.errors import RunError
     from holdfast.server.data_dir import CannotUse
     from holdfast.store import StoreError
 
+    before = structlog.get_config()
+    # What is printed is the command's own; the standard output may be a program's.
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     with one_line_errors():
         try:
             yield
@@ -43,3 +48,5 @@ def offline_errors() -> Iterator[None]:
             raise click.ClickException(str(error)) from error
         except RunError as error:
             raise HoldfastError(error.message, code=error.code) from error
+        finally:
+            structlog.configure(**before)

@@ -38,12 +38,12 @@ def server_options(command: F) -> F:
     )(command)
 
 
-def connect(url: str, api_key: str, patience: float = PATIENCE) -> RestClient:
+def connect(url: str, api_key: str, patience: float | None = None) -> RestClient:
     """A client of the server. Raises HoldfastError for an address that is none."""
     from holdfast.client.http import RetryConfig
     from holdfast.client.rest import RestClient
 
-    retry = RetryConfig(give_up_after=patience)
+    retry = RetryConfig(give_up_after=PATIENCE if patience is None else patience)
     return RestClient(base_url=url, api_key=api_key, retry_config=retry)
 
 

@@ -1,0 +1,162 @@
+"""doctor: what is wrong is found, and what can be repaired is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.catalog import Catalog
+from holdfast.runs.checkpoints import Checkpoint, Checkpoints
+from holdfast.server.data_dir import exclusive
+from holdfast.store import Store
+from tests.cli.samples import adapter_files, add_checkpoint, fails, holdfast
+from tests.store.samples import WEIGHTS
+
+
+def examined(*args: str, status: int) -> dict[str, Any]:
+    result = holdfast("doctor", "--json", *args)
+    assert result.exit_code == status, result.output
+    document = json.loads(result.stdout)
+    assert isinstance(document, dict)
+    return document
+
+
+def codes(document: dict[str, Any]) -> list[str]:
+    return sorted(problem["code"] for problem in document["problems"])
+
+
+def listed(data_dir: Path, store: Store, owner: str = "local") -> list[Checkpoint]:
+    catalog = Catalog.open_file(data_dir / "catalog.db")
+    try:
+        return asyncio.run(Checkpoints(store, catalog).page(owner))[0]
+    finally:
+        catalog.close()
+
+
+def test_an_empty_store_is_well(data_dir: Path) -> None:
+    document = examined(status=0)
+    assert document["ok"] is True
+    assert document["problems"] == []
+    assert "all is well" in holdfast("doctor").stderr
+
+
+def test_a_catalog_that_was_lost_is_rebuilt(data_dir: Path, store: Store) -> None:
+    manifest = add_checkpoint(store, user_metadata={"a": "b"})
+    sampler = add_checkpoint(
+        store, adapter_files(), name="s", kind="sampler", optimizer=None, run="other:train:1"
+    )
+    before = examined(status=1)
+    assert codes(before) == ["not_in_catalog", "not_in_catalog", *["run_not_in_catalog"] * 2]
+    assert "--repair" in holdfast("doctor").stderr
+    after = examined("--repair", status=0)
+    assert after["repaired"] == {"listed": 2, "removed": 0, "named": []}
+    assert examined(status=0)["problems"] == []
+    rows = {row.name: row for row in listed(data_dir, store)}
+    assert rows.keys() == {manifest.name, sampler.name}
+    assert rows["final"].user_metadata == {"a": "b"}
+    # What only the training checkpoint has.
+    assert rows["final"].own_size == manifest.files["optimizer.safetensors"].size
+    assert rows["s"].own_size == 0
+
+
+def test_rows_without_a_checkpoint_go(data_dir: Path, store: Store) -> None:
+    manifest = add_checkpoint(store)
+    examined("--repair", status=0)
+    assert manifest.key is not None
+    store.delete_name(manifest.key)
+    assert codes(examined(status=1)) == ["not_in_store"]
+    assert examined("--repair", status=0)["repaired"]["removed"] == 1
+    assert listed(data_dir, store) == []
+
+
+def test_the_state_of_a_lost_run_can_be_resumed(data_dir: Path, store: Store) -> None:
+    add_checkpoint(store, name=None, seq=5, step=1)
+    newest = add_checkpoint(store, name=None, seq=9, step=3)
+    before = examined(status=1)
+    assert codes(before) == ["run_lost"]
+    assert "position 9" in before["problems"][0]["message"]
+    after = examined("--repair", status=0)
+    path = f"tinker://{newest.run}/weights/auto.9"
+    assert after["repaired"]["named"] == [path]
+    assert list(store.unnamed()) == []
+    (row,) = listed(data_dir, store)
+    assert (row.name, row.step) == ("auto.9", 3)
+    assert holdfast("checkpoint", "verify", path).exit_code == 0
+
+
+def test_a_recovery_point_of_a_known_run_stays(data_dir: Path, store: Store) -> None:
+    add_checkpoint(store, name="saved")
+    add_checkpoint(store, name=None, seq=9)
+    examined("--repair", status=0)  # which lists the run
+    kept = add_checkpoint(store, name=None, seq=11)
+    assert examined("--repair", status=0)["problems"] == []
+    assert [id for id, _ in store.unnamed()] == [kept.id]
+
+
+def test_a_live_run_without_its_recovery_point_is_named(data_dir: Path, store: Store) -> None:
+    manifest = add_checkpoint(store)
+    examined("--repair", status=0)
+    with sqlite3.connect(data_dir / "catalog.db") as connection:
+        connection.execute("UPDATE runs SET state = 'live'")
+        connection.execute(
+            "INSERT INTO snapshots VALUES (?, 0, 3, ?, 1.0)", (manifest.run, "0" * 64)
+        )
+    connection.close()
+    document = examined(status=1)
+    assert codes(document) == ["recovery_point_missing"]
+    assert manifest.run in document["problems"][0]["message"]
+    assert examined("--repair", status=1)["repaired"] is None  # nothing can bring it back
+
+
+@pytest.mark.parametrize("what", ["blob", "manifest", "name"])
+@pytest.mark.parametrize("how", ["flip", "remove"])
+def test_damage_is_named_and_does_not_keep_the_rest(
+    data_dir: Path, store: Store, what: str, how: str
+) -> None:
+    bad = add_checkpoint(store, name="bad")
+    good = add_checkpoint(store, {WEIGHTS: b"x"}, name="good", kind="sampler", optimizer=None)
+    root = data_dir / "store"
+    path = {
+        "blob": root / "blobs" / bad.files[WEIGHTS].hash,
+        "manifest": root / "manifests" / bad.id,
+        "name": next(p for p in (root / "names").iterdir() if p.name.endswith("bad")),
+    }[what]
+    data = path.read_bytes()
+    path.unlink()
+    if how == "flip":
+        path.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
+    document = examined("--repair", status=0 if (what, how) == ("name", "remove") else 1)
+    if (what, how) == ("name", "remove"):  # as good as deleted
+        assert document["orphans"]["manifests"] == 1
+    else:
+        expected = f"corrupt_{what}" if how == "flip" else f"missing_{what}"
+        assert expected in codes(document)
+        shown = " ".join(problem["message"] for problem in document["problems"])
+        assert path.name in shown
+    assert "good" in [row.name for row in listed(data_dir, store)]
+    assert good.key is not None
+
+
+def test_what_is_left_over_is_counted(data_dir: Path, store: Store) -> None:
+    manifest = add_checkpoint(store)
+    examined("--repair", status=0)
+    store.put_blob([b"nothing refers to this"])
+    assert examined(status=0)["orphans"] == {"manifests": 0, "blobs": 1, "bytes": 22}
+    assert manifest.key is not None
+    store.delete_name(manifest.key)
+    examined("--repair", status=0)
+    left = examined(status=0)["orphans"]
+    assert left == {"manifests": 1, "blobs": 4, "bytes": manifest.size + 22}
+
+
+def test_no_repair_beside_a_server(data_dir: Path, store: Store) -> None:
+    add_checkpoint(store)
+    with exclusive(data_dir):
+        assert "another server uses" in fails("doctor", "--repair")
+        assert holdfast("doctor").exit_code == 1  # looking is allowed
+    assert listed(data_dir, store) == []
