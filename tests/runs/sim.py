@@ -266,7 +266,10 @@ class World:
         self.loop.abandon()
         self.catalog.close()
         self._quiet = False
-        self.boot()
+        try:
+            self.boot()
+        except Killed:
+            self.kill()
 
     def close(self) -> None:
         self._quiet = True
