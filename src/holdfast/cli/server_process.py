@@ -35,6 +35,12 @@ class ServerProcess:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        assert self._process is not None, "the server does not run"
+        return self._process.pid
+
     def start(self) -> float:
         """Start it, and wait until it answers; the seconds that took."""
         began = time.monotonic()
