@@ -60,6 +60,8 @@ class Recovery:
             return True
         # What was copied before its worker died may still become the newest snapshot.
         await self._publisher.settled()
+        # A replay compares with the outcomes that are in the journal.
+        await run.recorded()
         self._marked.clear()
         run.note = "recovering"
         self._to = run.order.reached
