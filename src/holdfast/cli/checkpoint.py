@@ -149,9 +149,7 @@ def download(
         found = connect(url, api_key).get_checkpoint(str(path)).result()
         rest = connect(url, api_key, _DOWNLOAD_PATIENCE)
         with bytes_progress(path.name, found.size_bytes) as show:
-            rest.download_checkpoint(
-                str(path), directory, progress=lambda done, total: show(done)
-            ).result()
+            rest.download_checkpoint(str(path), directory, progress=show).result()
     if as_json:
         print_json(
             {
@@ -243,7 +241,10 @@ def delete(
 @server_options
 @as_json
 def ttl(path: CheckpointPath, time: int | str, url: str, api_key: str, as_json: bool) -> None:
-    """Let a checkpoint expire after TIME from now, such as 12h, 7d or 1y, or `never`."""
+    """Let a checkpoint expire, or never.
+
+    TIME is counted from now, an hour to ten years: 12h, 7d, 1y; or `never`.
+    """
     seconds = time if isinstance(time, int) else None
     with one_line_errors():
         rest = connect(url, api_key)

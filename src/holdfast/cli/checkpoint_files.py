@@ -99,10 +99,11 @@ def _verify_each(
 @data_dir
 @as_json
 def export(path: CheckpointPath, target: Path | None, data_dir: Path, as_json: bool) -> None:
-    """Write a checkpoint to TARGET: an archive when it ends in .tar, otherwise a directory.
+    """Write a checkpoint to a file or a directory.
 
-    The directory is a PEFT adapter. Without TARGET it is an archive, ./NAME.tar. Both can be
-    brought in again with `import`. Works while a server runs.
+    A TARGET that ends in .tar becomes an archive, any other one a directory, which is a PEFT
+    adapter. Without TARGET it is an archive, ./NAME.tar. Both can be brought in again with
+    `import`. Works while a server runs.
     """
     from holdfast.store import Archive
 

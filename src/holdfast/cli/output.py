@@ -125,7 +125,7 @@ def count(number: int, noun: str) -> str:
 
 @contextmanager
 def bytes_progress(title: str, total: int | None) -> Iterator[Any]:
-    """A bar on standard error; gives a function that takes the bytes done so far."""
+    """A bar on standard error; gives a function of the bytes done, and in all where that changes."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=32),
@@ -136,7 +136,7 @@ def bytes_progress(title: str, total: int | None) -> Iterator[Any]:
         disable=not sys.stderr.isatty(),
     ) as progress:
         bar = progress.add_task(escape(title), total=total)
-        yield lambda done: progress.update(bar, completed=done)
+        yield lambda done, total=total: progress.update(bar, completed=done, total=total)
 
 
 @contextmanager

@@ -453,6 +453,9 @@ class Runs:
             except (RunError, CatalogUnavailable) as error:
                 _log.error("the store could not be swept", error=str(error))
                 continue
+            except Exception:  # a defect: the next sweep may do without it
+                _log.exception("the store could not be swept")
+                continue
             for path in report.damaged:
                 _log.error("damage in the store: what it may refer to is kept", file=path)
             if report.names or report.manifests or report.blobs:
