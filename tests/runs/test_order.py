@@ -447,7 +447,9 @@ class Orders(RuleBasedStateMachine):
         # An unsettled save is copied once more. What was answered stays history.
         reached = self.order.reached + 1
         assert all(self.known[n] != "done" for n in range(reached, len(self.longest)))
-        del self.longest[reached:]
+        # Refused ones whose turn comes next count as passed: nothing was answered in between.
+        assert all(self.known[n] != "accepted" for n in range(len(self.longest), reached))
+        self.longest = list(range(reached))
 
     def _effect(self, seq: int) -> None:
         self.effects.append(seq)
