@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
@@ -107,4 +109,27 @@ def test_durability_settings(tmp_path: Path) -> None:
         )
 
     assert catalog.read_now(pragmas) == ("wal", 2)
+    catalog.close()
+
+
+def test_an_index_of_the_first_schema_is_made_anew(tmp_path: Path) -> None:
+    """Its rows say nothing of files; the server fills it from the store when it starts."""
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'catalog.db'}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(sa.text("INSERT INTO api_keys VALUES ('k', 'h', 'o', 1.0, NULL)"))
+        connection.execute(
+            sa.text(
+                "INSERT INTO checkpoints VALUES"
+                " ('R', 'weights', 'x', 'id', 'o', 1.0, NULL, 0, 7, 1, NULL)"
+            )
+        )
+    engine.dispose()
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    assert catalog.read_now(lambda c: c.execute(sa.select(tables.checkpoints)).all()) == []
+    assert catalog.read_now(lambda c: c.execute(sa.select(tables.checkpoint_files)).all()) == []
+    assert catalog.read_now(count) == 1
     catalog.close()

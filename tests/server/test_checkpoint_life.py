@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tinker.types import SessionSearchRequest
 
 from holdfast.catalog import Catalog
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.server.auth import Keys
 from holdfast.store import LocalStore
 from tests.store.samples import manifest_of
 from tests.support.raw import RawRun, assert_refused
@@ -158,6 +160,50 @@ def test_a_copy_keeps_its_kind(run: RawRun) -> None:
     path = run.result(saved)["path"]
     copy = run.ok("copy_weights", {"source_path": path})["tinker_path"]
     assert key_of(copy).kind == "sampler_weights"
+
+
+def test_only_who_may_read_a_checkpoint_can_copy_it(tmp_path: Path) -> None:
+    data = tmp_path / "server" / "data"
+    data.mkdir(parents=True)
+    catalog = Catalog.open_file(data / "catalog.db")
+    ann, bob = (asyncio.run(Keys(catalog).create(owner)) for owner in ("ann", "bob"))
+    catalog.close()
+    with LocalStore(data / "store") as store:
+        blob = store.put_blob([b"weights"])
+        manifest = manifest_of({"f": blob}, run="R", name="x", owner="ann")
+        assert manifest.key is not None
+        store.set_name(manifest.key, store.publish(manifest))
+    body = {"source_path": "tinker://R/weights/x"}
+    with (
+        ServerProcess(tmp_path / "server") as server,
+        httpx2.Client(base_url=f"{server.url}/api/v1/", timeout=30) as http,
+    ):
+
+        def copy(key: str | None = None, token: str | None = None) -> httpx2.Response:
+            sent = {"x-api-key": key, "x-tinker-weights-access-token": token}
+            headers = {name: value for name, value in sent.items() if value is not None}
+            return http.post("copy_weights", json=body, headers=headers)
+
+        assert copy().status_code == 401
+        assert assert_refused(copy(bob)).status_code == 404
+        assert http.get(address(body["source_path"]), headers={"x-api-key": bob}).status_code == 404
+        lent = copy(bob, ann)
+        assert lent.status_code == 200
+        assert server.manifest(lent.json()["tinker_path"]).owner == "bob"
+        assert copy(bob, "tml-nobody").status_code == 401
+        publish = f"{address(body['source_path'])}/publish"
+        assert http.post(publish, headers={"x-api-key": bob}).status_code == 404
+        assert http.post(publish, headers={"x-api-key": ann}).status_code == 204
+        public = copy(bob)
+        assert public.status_code == 200
+        # Reading is not owning.
+        deleted = http.delete(address(body["source_path"]), headers={"x-api-key": bob})
+        assert deleted.status_code == 403
+        mine = http.get("checkpoints", headers={"x-api-key": bob}).json()["checkpoints"]
+        paths = {lent.json()["tinker_path"], public.json()["tinker_path"]}
+        assert {item["tinker_path"] for item in mine} == paths
+        assert not any(item["public"] for item in mine)
+        assert ann not in server.log
 
 
 # --- External weights ------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def count(number: int, noun: str) -> str:
 
 @contextmanager
 def bytes_progress(title: str, total: int | None) -> Iterator[Any]:
-    """A bar on standard error; gives a function of the bytes done, and in all where that changes."""
+    """A bar on standard error; gives a function of the bytes done, and in all if that changes."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=32),
