@@ -35,6 +35,8 @@ from holdfast.protocol.batches import BatchRequest, BatchResult
 from holdfast.protocol.bodies import Body, check_body
 from holdfast.protocol.checkpoints import (
     LoadWeightsRequest,
+    SaveWeightsExternalRequest,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
 )
@@ -250,6 +252,38 @@ class TrainingClient:
     ) -> Future[SaveWeightsResponse]:
         """As `save_state`."""
         return self.save_state(name, ttl_seconds, overwrite, user_metadata)
+
+    def save_weights_external(
+        self, name: str, ttl_seconds: int | None = None
+    ) -> Future[SaveWeightsExternalResponse]:
+        """Save the weights alone for other programs, each file with an address of its own.
+
+        `RestClient.get_external_weights_urls` gives the addresses.
+
+        >>> path = training_client.save_weights_external("final").result().path  # doctest: +SKIP
+        """
+
+        def build(seq: int) -> bytes:
+            return _encode(
+                SaveWeightsExternalRequest,
+                model_id=self.model_id,
+                path=name,
+                seq_id=seq,
+                ttl_seconds=ttl_seconds,
+            )
+
+        return self._submit(
+            "save_weights_external",
+            "SaveWeightsExternal",
+            build,
+            _reader(SaveWeightsExternalResponse),
+        )
+
+    async def save_weights_external_async(
+        self, name: str, ttl_seconds: int | None = None
+    ) -> Future[SaveWeightsExternalResponse]:
+        """As `save_weights_external`."""
+        return self.save_weights_external(name, ttl_seconds)
 
     def load_state(
         self,
