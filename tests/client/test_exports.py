@@ -52,8 +52,6 @@ ABSENT = {
     TrainingClient: {
         "get_console_url",
         "get_telemetry",
-        "save_weights_external",
-        "save_weights_external_async",
     },
     SamplingClient: {
         "create",
