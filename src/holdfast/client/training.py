@@ -254,11 +254,15 @@ class TrainingClient:
         return self.save_state(name, ttl_seconds, overwrite, user_metadata)
 
     def save_weights_external(
-        self, name: str, ttl_seconds: int | None = None
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: list[str] | None = None,
     ) -> Future[SaveWeightsExternalResponse]:
         """Save the weights alone for other programs, each file with an address of its own.
 
-        `RestClient.get_external_weights_urls` gives the addresses.
+        `RestClient.get_external_weights_urls` gives the addresses. Recipients to encrypt for are
+        sent on; Holdfast's own server refuses them, as it does not encrypt.
 
         >>> path = training_client.save_weights_external("final").result().path  # doctest: +SKIP
         """
@@ -270,6 +274,7 @@ class TrainingClient:
                 path=name,
                 seq_id=seq,
                 ttl_seconds=ttl_seconds,
+                age_encryption_recipients=age_encryption_recipients,
             )
 
         return self._submit(
@@ -280,10 +285,13 @@ class TrainingClient:
         )
 
     async def save_weights_external_async(
-        self, name: str, ttl_seconds: int | None = None
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: list[str] | None = None,
     ) -> Future[SaveWeightsExternalResponse]:
         """As `save_weights_external`."""
-        return self.save_weights_external(name, ttl_seconds)
+        return self.save_weights_external(name, ttl_seconds, age_encryption_recipients)
 
     def load_state(
         self,
