@@ -89,12 +89,28 @@ def test_the_state_of_a_lost_run_can_be_resumed(data_dir: Path, store: Store) ->
     assert holdfast("checkpoint", "verify", path).exit_code == 0
 
 
+def test_a_state_of_a_lost_run_outlives_a_start_of_the_server(data_dir: Path, store: Store) -> None:
+    """A start lists the run by its checkpoint; the state after that is still the only one."""
+    add_checkpoint(store, name="saved", seq=5)
+    newest = add_checkpoint(store, name=None, seq=9)
+    catalog = Catalog.open_file(data_dir / "catalog.db")
+    checkpoints = Checkpoints(store, catalog)
+    assert asyncio.run(checkpoints.reconcile()) == (1, 0)
+    assert asyncio.run(checkpoints.discard_orphans()) == 0
+    catalog.close()
+    assert codes(examined(status=1)) == ["run_lost"]
+    named = examined("--repair", status=0)["repaired"]["named"]
+    assert named == [f"tinker://{newest.run}/weights/auto.9"]
+
+
 def test_a_recovery_point_of_a_known_run_stays(data_dir: Path, store: Store) -> None:
-    add_checkpoint(store, name="saved")
-    add_checkpoint(store, name=None, seq=9)
+    add_checkpoint(store)
     examined("--repair", status=0)  # which lists the run
+    with sqlite3.connect(data_dir / "catalog.db") as connection:
+        connection.execute("UPDATE runs SET state = 'unloaded'")
+    connection.close()
     kept = add_checkpoint(store, name=None, seq=11)
-    assert examined("--repair", status=0)["problems"] == []
+    assert examined("--repair", status=0)["repaired"] is None
     assert [id for id, _ in store.unnamed()] == [kept.id]
 
 

@@ -18,8 +18,9 @@ from tinker.types import SessionSearchRequest
 
 from holdfast.catalog import Catalog
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.server.archive import Download
 from holdfast.server.auth import Keys
-from holdfast.store import LocalStore
+from holdfast.store import Archive, LocalStore, MissingManifest
 from tests.store.samples import manifest_of
 from tests.support.raw import RawRun, assert_refused
 from tests.support.sdk import WAIT, sdk_environment, service_client, step, trace
@@ -355,6 +356,33 @@ async def test_what_has_expired_is_hidden_then_removed(tmp_path: Path) -> None:
     assert store.has_blob(blob)  # shared with what is kept
     store.close()
     catalog.close()
+
+
+def test_a_download_goes_on_when_its_checkpoint_is_deleted(tmp_path: Path) -> None:
+    clock = [0.0]
+    store = LocalStore(tmp_path / "store", monotonic=lambda: clock[0])
+    blobs = {name: store.put_blob([name.encode() * 1000]) for name in ("a", "b", "c")}
+    manifest = manifest_of(blobs)
+    assert manifest.key is not None
+    store.set_name(manifest.key, store.publish(manifest))
+    whole = b"".join(Archive(store, manifest).read())
+
+    def sweep() -> None:
+        for _ in range(6):
+            clock[0] += 7200
+            store.sweep()
+
+    download = Download(store, manifest)
+    pieces = download.read(0, download.size)
+    read = next(pieces)
+    store.delete_name(manifest.key)
+    sweep()
+    assert read + b"".join(pieces) == whole
+    # It was the download that kept it.
+    sweep()
+    with pytest.raises(MissingManifest):
+        next(download.read(0, download.size))
+    store.close()
 
 
 def test_the_server_sweeps(models: dict[str, Path], tmp_path: Path) -> None:

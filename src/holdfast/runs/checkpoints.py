@@ -14,7 +14,7 @@ import structlog
 from holdfast import failpoints
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import checkpoint_files as files
-from holdfast.catalog.tables import checkpoints, runs
+from holdfast.catalog.tables import checkpoints, operations, runs, samplers, snapshots
 from holdfast.runs import stored
 from holdfast.runs.errors import RunError, not_found
 from holdfast.store import Manifest, NameKey, NameTaken, Store, StoreError, SweepReport
@@ -257,6 +257,20 @@ class Checkpoints:
 
         return await self._catalog.write(work), len(found.gone)
 
+    async def discard_orphans(self) -> int:
+        """Let go of unnamed manifests that nothing refers to; how many there were.
+
+        They are published before the row that refers to them, and a crash may come in between. To
+        be called while nothing is published. Those of runs that the catalog does not know are left
+        alone, since it may be the catalog that was lost: `holdfast doctor` gives them a name.
+        """
+        used = await self._catalog.read(_referred_to)
+        found = await self._call(lambda: list(self.store.unnamed(on_damage=_log_damage)))
+        known = await self._catalog.read(stored.trained)
+        orphans = [id for id, manifest in found if id not in used and manifest.run in known]
+        await self.discard(orphans)
+        return len(orphans)
+
     async def _amend(self, key: NameKey, owner: str, **changes: Any) -> None:
         await self._owned(key, owner)
         manifest_id = await self._call(lambda: self.store.amend(key, **changes))
@@ -289,6 +303,18 @@ class Checkpoints:
             raise RunError(
                 error.code, str(error), category="server", reason="unavailable"
             ) from error
+
+
+def _referred_to(connection: sa.Connection) -> set[str]:
+    """Manifests that recovery points, samplers and unsettled operations need."""
+    queries = (
+        sa.select(snapshots.c.manifest),
+        sa.select(samplers.c.manifest).where(samplers.c.manifest.is_not(None)),
+        sa.select(operations.c.target).where(
+            operations.c.target.is_not(None) & operations.c.settled.is_(None)
+        ),
+    )
+    return {manifest_id for query in queries for manifest_id in connection.scalars(query)}
 
 
 def _log_damage(error: StoreError) -> None:

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import runs, snapshots
+from holdfast.runs import stored
 from holdfast.runs.checkpoints import Checkpoints, Differences
 from holdfast.store import Manifest, MissingManifest, NameKey, Store, StoreError
 
@@ -128,18 +129,22 @@ def _reach(store: Store) -> _Reached:
 
 
 async def _of_lost_runs(reached: _Reached, catalog: Catalog) -> dict[str, Manifest]:
-    """Recovery points of runs that the catalog does not know."""
-    known = await catalog.read(lambda c: set(c.scalars(sa.select(runs.c.id).distinct())))
-    return {id: m for id, m in reached.unnamed.items() if m.run not in known}
+    """Recovery points of runs that the catalog does not know, or only by their checkpoints."""
+    known = await catalog.read(stored.trained)
+    return {
+        id: manifest
+        for id, manifest in reached.unnamed.items()
+        if manifest.kind == "training" and manifest.run not in known
+    }
 
 
 def _newest(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
-    """The newest state of each run that can be trained on from one."""
+    """The newest of each run."""
     found: dict[str, Manifest] = {}
     for manifest in manifests.values():
         other = found.get(manifest.run)
         newer = other is None or (other.seq, other.created) < (manifest.seq, manifest.created)
-        if manifest.kind == "training" and newer:
+        if newer:
             found[manifest.run] = manifest
     return found
 

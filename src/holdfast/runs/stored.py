@@ -40,3 +40,8 @@ def insert(
             parent=manifest.parent,
         )
     )
+
+
+def trained(connection: sa.Connection) -> set[str]:
+    """Ids of all other runs: those whose own operations the catalog knows."""
+    return set(connection.scalars(sa.select(runs.c.id).where(runs.c.state != STORED).distinct()))
