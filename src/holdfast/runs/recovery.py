@@ -22,6 +22,8 @@ MOST_DEATHS = 5
 
 CLEARING = frozenset({"incomplete_gradients", "gradient_not_finite"})
 """Failures of an optim_step that clear the gradients, hence change the state."""
+BROKEN_OFF = frozenset({"out_of_memory", "internal"})
+"""Failures of an optim_step that the engine did not foresee: it cleared the gradients, too."""
 
 
 class Performs(Protocol):
@@ -181,8 +183,11 @@ class Recovery:
             # In the engine's words: a mark is part of the state, a replay must give it alike.
             message = f"forward_backward {entry.seq} failed: {record.failure.message}"
             await engine.mark_incomplete(self._placement.key, entry.seq, message)
-        elif entry.kind == bodies.OPTIM_STEP and record.failure.code in CLEARING:
+        elif entry.kind == bodies.OPTIM_STEP and record.failure.code in CLEARING | BROKEN_OFF:
             assert record.body is not None
+            if record.failure.code in BROKEN_OFF:
+                # What broke it off may not come again; a mark makes it fail, and clear, for sure.
+                await engine.mark_incomplete(self._placement.key, entry.seq, "it failed before")
             with suppress(EngineError):
                 await self._driver.compute(entry, record.body)
                 self._diverged(entry)

@@ -97,6 +97,7 @@ class Runs:
     async def start(self) -> None:
         """Take up the runs of sessions that have not ended."""
         await self.checkpoints.reconcile()
+        await self.checkpoints.discard_orphans()
         for session in await self.sessions.open():
             for record in await self._records(runs.c.session_id == session.id):
                 if record.state == "live":

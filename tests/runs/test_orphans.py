@@ -1,0 +1,51 @@
+"""Recovery points that a crash left without a row are let go at the next start, others are not."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from holdfast.catalog import Catalog
+from holdfast.catalog.tables import snapshots
+from holdfast.runs.checkpoints import Checkpoints
+from holdfast.store import Manifest, open_store
+from tests.store.samples import manifest_of
+
+
+@pytest.mark.anyio
+async def test_unnamed_manifests_without_a_row_are_discarded(tmp_path: Path) -> None:
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    with open_store(tmp_path / "store") as store:
+        checkpoints = Checkpoints(store, catalog)
+        blob = store.put_blob([b"weights"])
+        sample: Manifest = dataclasses.replace(
+            manifest_of({"adapter_model.safetensors": blob}), name=None
+        )
+        kept, orphan = (
+            await checkpoints.publish(dataclasses.replace(sample, seq=seq)) for seq in (1, 2)
+        )
+        # Of an unknown run: it may be the catalog that is new, not the manifests left over.
+        assert await checkpoints.discard_orphans() == 0
+        await catalog.write(lambda c: _add_run_with_snapshot(c, kept))
+        assert await checkpoints.discard_orphans() == 1
+        left = await asyncio.to_thread(lambda: [found for found, _ in store.unnamed()])
+        assert left == [kept] and orphan != kept
+    catalog.close()
+
+
+def _add_run_with_snapshot(connection: sa.Connection, manifest_id: str) -> None:
+    connection.execute(
+        sa.text(
+            "INSERT INTO runs (id, generation, session_id, owner, created, last_request, state,"
+            " body_hash, corrupted) VALUES ('3f0c:train:0', 0, 's', 'o', 1, 1, 'live', '', 0)"
+        )
+    )
+    connection.execute(
+        snapshots.insert().values(
+            run_id="3f0c:train:0", generation=0, seq=1, manifest=manifest_id, created=1.0
+        )
+    )
