@@ -25,9 +25,8 @@ async def test_unnamed_manifests_without_a_row_are_discarded(tmp_path: Path) -> 
         sample: Manifest = dataclasses.replace(
             manifest_of({"adapter_model.safetensors": blob}), name=None
         )
-        kept, orphan = (
-            await checkpoints.publish(dataclasses.replace(sample, seq=seq)) for seq in (1, 2)
-        )
+        kept = await checkpoints.publish(dataclasses.replace(sample, seq=1))
+        orphan = await checkpoints.publish(dataclasses.replace(sample, seq=2))
         # Of an unknown run: it may be the catalog that is new, not the manifests left over.
         assert await checkpoints.discard_orphans() == 0
         await catalog.write(lambda c: _add_run_with_snapshot(c, kept))
