@@ -7,7 +7,7 @@ import sys
 from datetime import date, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.cli import dates
@@ -31,6 +31,7 @@ def test_answers_are_the_dates_of_their_prompts(seed: int, step: int) -> None:
         assert len(dates.encode(example.answer)) == dates.ANSWER_TOKENS
 
 
+@settings(max_examples=5, deadline=None)
 @given(SEEDS)
 def test_training_never_shows_a_held_out_date(seed: int) -> None:
     # Half of all dates held out: without the check, a batch would be disjoint once in 2**64.
@@ -62,6 +63,15 @@ def test_a_datum_is_shifted_by_one_and_weighs_the_answer_alone() -> None:
     answer = [target for target, weight in zip(targets, weights, strict=True) if weight]
     assert dates.decode(answer) == example.answer
     assert set(weights) == {0.0, 1.0}
+
+
+def test_the_learning_rate_rises_holds_and_falls() -> None:
+    rates = [dates.learning_rate(step) for step in range(dates.STEPS + 20)]
+    assert rates[:6] == pytest.approx([8e-4, 1.6e-3, 2.4e-3, 3.2e-3, 4e-3, 4e-3])
+    assert set(rates[4:91]) == {4e-3}
+    assert rates[120] == pytest.approx(2e-3)
+    assert rates[90:150] == sorted(rates[90:150], reverse=True)
+    assert rates[149:] == pytest.approx([4e-4] * 21)
 
 
 def test_only_the_whole_answer_is_exact() -> None:

@@ -53,7 +53,7 @@ and `<|eos|>`, and windows of text began anywhere.
 
 {facts.tokens:,} tokens in {facts.minutes:.0f} minutes on two shared CPU cores, with
 Python {facts.python}, torch {facts.torch} and transformers {facts.transformers}.
-The held-out loss is over documents from another seed; most of it is the generator's own
+The held-out loss is over documents from another seed; much of it is the generator's own
 randomness, which nothing can predict.
 
 ## Text and licence
@@ -69,7 +69,6 @@ The weights are under Apache-2.0, like the project.
 
 The quickstart's task, dates in words to ISO dates, is not in the text: no document holds both the
 name of a month and a date in digits, so nothing says that March is 03. The parts of the task are
-there: dates in digits change their order (`3/4/1999` to `1999-04-03`), and dates in words too, with
-the month copied as a word (`3 April 1999` to `1999-April-03`).
+there: dates in digits change their order (`3/4/1999` to `1999-04-03`), months occur as words.
 """
     (directory / "MODEL.md").write_text(text)
