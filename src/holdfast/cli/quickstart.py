@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,17 +30,24 @@ from holdfast import (
 )
 from holdfast.cli.dates import (
     ANSWER_TOKENS,
+    BATCH,
+    BETA1,
+    BETA2,
+    EPS,
+    RANK,
+    STEPS,
     STOP,
+    WEIGHT_DECAY,
     DateTask,
     Example,
     decode,
     encode,
     exact_match,
+    learning_rate,
 )
 from holdfast.cli.server_process import ServerDied, ServerProcess
 
 BASE_MODEL = "holdfast-tiny"
-STEPS, BATCH, RANK, LEARNING_RATE = 120, 32, 16, 4e-3
 MORE_STEPS = 20
 """Steps after the save: the same ones uninterrupted, resumed and cold."""
 HELD_OUT = 50
@@ -81,6 +90,8 @@ def command(data_dir: Path | None, seed: int) -> None:
     Exits with 1 unless the resumed run equals the uninterrupted one in every bit.
     """
     console = Console()
+    # The server must not outlive a quickstart that is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with ExitStack() as stack:
         if data_dir is None:
             data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-")))
@@ -174,13 +185,19 @@ class _Quickstart:
         title: str,
         show: Callable[[int, tuple[float, list[bytes]]], str],
     ) -> None:
-        params = AdamParams(learning_rate=LEARNING_RATE)
         with self._progress() as progress:
             bar = progress.add_task(title, total=len(steps), info="")
             for step in steps:
                 examples = self._task.batch(step, BATCH)
                 tokens = sum(len(example.answer) for example in examples)
                 forward = client.forward_backward([_datum(e) for e in examples], "cross_entropy")
+                params = AdamParams(
+                    learning_rate=learning_rate(step),
+                    beta1=BETA1,
+                    beta2=BETA2,
+                    eps=EPS,
+                    weight_decay=WEIGHT_DECAY,
+                )
                 update = client.optim_step(params)
                 output = forward.result()
                 update.result()
