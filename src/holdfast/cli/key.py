@@ -55,9 +55,7 @@ def revoke(key_id: str, data_dir: Path) -> None:
     """Take the key with this id back."""
     with _keys(data_dir) as keys:
         if not asyncio.run(keys.revoke(key_id)):
-            raise click.ClickException(
-                f"there is no key {key_id!r}; see `holdfast key list`"
-            )
+            raise click.ClickException(f"there is no key {key_id!r}; see `holdfast key list`")
 
 
 @contextmanager
