@@ -266,14 +266,14 @@ class _Quickstart:
 
     def _show_lines(self, lines: Sequence[Line]) -> None:
         marks = (0, 1, 4, MORE_STEPS - 1)
-        table = Table(title="Going on from the checkpoint", title_justify="left")
-        table.add_column("run")
+        table = Table(title="Losses going on from the checkpoint", title_justify="left")
+        table.add_column("run", no_wrap=True)
         for mark in marks:
-            table.add_column(f"loss at {STEPS + mark + 1}", justify="right")
-        table.add_column("weights (blake3)")
+            table.add_column(f"step {STEPS + mark + 1}", justify="right", no_wrap=True)
+        table.add_column("weights", no_wrap=True)
         for line in lines:
-            losses = (f"{line.losses[mark]:.9f}" for mark in marks)
-            table.add_row(line.name, *losses, line.weights[:16])
+            losses = (f"{line.losses[mark]:.7f}" for mark in marks)
+            table.add_row(line.name, *losses, line.weights[:12])
         self._console.print(table)
 
     def _verdict(self, exact: bool, same: bool, seconds: float) -> None:

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import structlog
 import uvicorn
+from pydantic.warnings import UnsupportedFieldAttributeWarning
 
 from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
 from holdfast.engine.interface import Worker
@@ -127,6 +129,9 @@ def _announce(settings: Settings, port: int) -> None:
 
 
 def _configure_log() -> None:
+    # FastAPI silences this warning of its own making where models are built at once; ours are
+    # built when they are first used.
+    warnings.filterwarnings("ignore", category=UnsupportedFieldAttributeWarning)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     structlog.configure(
         processors=[
