@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from holdfast.cli.quickstart import Line
+from holdfast.cli.quickstart import Line, command
 
 EXACT = "resumed == uninterrupted, in every bit; cold differs"
 
 
 @pytest.mark.timeout(600)
 def test_it_learns_is_killed_and_resumes_exactly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "holdfast.cli", "quickstart", "--data-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=590)
+    arguments = [sys.executable, "-m", "holdfast.cli", "quickstart", "--data-dir", str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stdout + done.stderr
     assert EXACT in done.stdout
     assert "server killed with SIGKILL" in done.stdout
@@ -43,3 +44,12 @@ def test_one_bit_is_a_difference(changes: dict[str, list[float] | list[bytes] | 
     line = Line("a", [0.5, 0.25], [b"\x00\x00\x00\x3f", b"\x00\x00\x00\x3f"], "f" * 64)
     assert line.same_as(dataclasses.replace(line, name="b"))
     assert not line.same_as(dataclasses.replace(line, **changes))  # type: ignore[arg-type]
+
+
+def test_a_data_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (Path("/proc/nope"), tmp_path / "file" / "data"):
+        shown = CliRunner().invoke(command, ["--data-dir", str(place)])
+        assert shown.exit_code == 1
+        assert shown.output.startswith(f"Error: {place}: ")
+        assert shown.output.count("\n") == 1

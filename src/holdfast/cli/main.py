@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import click
 
@@ -17,9 +18,40 @@ _COMMANDS = {
     "quickstart": ("holdfast.cli.quickstart", "Train, save, kill the server, resume exactly."),
 }
 
+SERVER_PACKAGES = frozenset(
+    {
+        "alembic",
+        "blake3",
+        "fastapi",
+        "huggingface_hub",
+        "numpy",
+        "peft",
+        "safetensors",
+        "sqlalchemy",
+        "starlette",
+        "structlog",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "uvicorn",
+    }
+)
+"""What the extra `server` installs and commands import; a plain installation lacks it."""
+
 
 class _Lazy(Suggesting):
     """A group whose commands are imported when they are used."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
+                raise
+            raise click.ClickException(
+                "this command needs the server: pip install 'holdfast[server]'"
+                f" (there is no module {error.name})"
+            ) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

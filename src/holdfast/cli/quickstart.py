@@ -45,6 +45,7 @@ from holdfast.cli.dates import (
     exact_match,
     learning_rate,
 )
+from holdfast.cli.output import one_line_errors
 from holdfast.cli.server_process import ServerDied, ServerProcess
 
 BASE_MODEL = "holdfast-tiny"
@@ -89,10 +90,12 @@ def command(data_dir: Path | None, seed: int) -> None:
     on, kills the server with SIGKILL, resumes with and without the optimizer's state, and compares.
     Exits with 1 unless the resumed run equals the uninterrupted one in every bit.
     """
+    import holdfast.server.serve  # noqa: F401  where it is not installed, say so before all else
+
     console = Console()
     # The server must not outlive a quickstart that is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with ExitStack() as stack:
+    with one_line_errors(), ExitStack() as stack:
         if data_dir is None:
             data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-")))
         try:
