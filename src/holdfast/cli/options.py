@@ -42,11 +42,34 @@ def read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) 
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
-        if name == "model" and isinstance(value, dict):
-            value = [f"{model}={source}" for model, source in value.items()]
         if name not in known:
             names = ", ".join(sorted(n for n in known if n not in ("config", "help") and n))
             raise click.BadParameter(f"{path} sets {key!r}; known are {names}")
-        defaults[name] = value
+        try:
+            defaults[name] = _checked(ctx, known[name], value)
+        except click.BadParameter as error:
+            raise click.BadParameter(f"{path}, {key}: {error.message}") from error
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
+
+
+def _checked(ctx: click.Context, option: click.Option, value: object) -> object:
+    """A value of a TOML file as the option takes it.
+
+    A number may be given as text, as in an environment variable. An option that may be repeated
+    takes one text, a list of them, or a table (NAME = "VALUE").
+    """
+    if option.multiple:
+        if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+            value = [f"{name}={item}" for name, item in value.items()]
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise click.BadParameter(f"{value!r} is not a text, a list of texts or a table of them")
+    elif isinstance(option.type, click.IntRange):
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise click.BadParameter(f"{value!r} is not an integer")
+    elif not isinstance(value, str):
+        raise click.BadParameter(f"{value!r} is not a text")
+    option.type_cast_value(ctx, value)
+    return value

@@ -1,0 +1,65 @@
+"""The TOML file of `holdfast serve`: what it may say, and errors that name the file and the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from holdfast.cli.serve import command as serve
+
+
+def read(tmp_path: Path, text: str, *arguments: str) -> dict[str, Any]:
+    """The options that `serve` would get."""
+    file = tmp_path / "serve.toml"
+    file.write_text(text)
+    return serve.make_context("serve", ["--config", str(file), *arguments]).params
+
+
+@pytest.mark.parametrize(
+    "text", ['model = "a=b"', 'model = ["a=b"]', '[model]\na = "b"'], ids=["text", "list", "table"]
+)
+def test_a_model_is_given_in_any_of_three_ways(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, text)["model"] == ("a=b",)
+
+
+def test_values_are_taken_unless_a_flag_says_otherwise(tmp_path: Path) -> None:
+    text = 'port = 9000\nthreads = "3"\ntoken-budget = 64\nhost = "localhost"\ndata_dir = "/d"'
+    params = read(tmp_path, text, "--port", "9001")
+    assert (params["port"], params["threads"], params["token_budget"]) == (9001, 3, 64)
+    assert (params["host"], params["data_dir"]) == ("localhost", Path("/d"))
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("model = 3", "model", "3"),
+        ("model = [3]", "model", "[3]"),
+        ("[model]\na = 3", "model", "{'a': 3}"),
+        ('port = "many"', "port", "'many'"),
+        ("port = 70000", "port", "70000"),
+        ("port = true", "port", "True"),
+        ("port = [9000]", "port", "[9000]"),
+        ("threads = 2.5", "threads", "2.5"),
+        ("token-budget = 1", "token-budget", "1"),
+        ("host = 3", "host", "3"),
+        ("data_dir = 3", "data_dir", "3"),
+    ],
+)
+def test_a_wrong_value_is_named_with_key_and_file(
+    tmp_path: Path, text: str, key: str, value: str
+) -> None:
+    with pytest.raises(click.BadParameter) as caught:
+        read(tmp_path, text)
+    assert caught.value.message.startswith(f"{tmp_path / 'serve.toml'}, {key}: {value} is not ")
+    shown = CliRunner().invoke(serve, ["--config", str(tmp_path / "serve.toml")])
+    assert shown.exit_code == 2
+    assert "Invalid value for '--config'" in shown.output
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(click.BadParameter, match="sets 'prot'; known are"):
+        read(tmp_path, "prot = 1")
