@@ -323,6 +323,38 @@ def test_answers_outside_of_the_protocol_are_a_fault_to_report(
         training.forward_backward([DATUM], "cross_entropy").result(10)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [{"request_id": None}, {"request_id": 7}, {"request_id": ""}, [], "accepted", {"path": 3}],
+)
+def test_a_submissions_answer_outside_of_the_protocol_ends_the_operation_and_what_follows(
+    scripted: ScriptedServer, training: TrainingClient, body: object
+) -> None:
+    training.optim_step().result(10)
+    scripted.faults["save_weights"].append(Fault(reply=Reply.json(body), delay=0.2))
+    unknown, queued = training.save_state("a"), training.optim_step()
+    with pytest.raises(InvalidAnswerError):
+        unknown.result(10)
+    # Whether the server took the number is not known, so nothing may be sent after it.
+    with pytest.raises(ResumeError, match="from the last checkpoint"):
+        queued.result(10)
+    with pytest.raises(ResumeError, match="from the last checkpoint"):
+        training.optim_step().result(10)
+    assert applied(scripted, training) == [(1, "optim_step")]
+
+
+def test_a_failure_as_the_submissions_answer_is_that_operations_alone(
+    scripted: ScriptedServer, training: TrainingClient
+) -> None:
+    body = failed_future_body("disk", category="server", code="disk")
+    scripted.faults["save_weights"].append(Fault(reply=Reply.json(body)))
+    failed, next_one = training.save_state("a"), training.optim_step()
+    with pytest.raises(ServerFaultError, match="disk"):
+        failed.result(10)
+    next_one.result(10)
+    assert applied(scripted, training) == [(2, "optim_step")]
+
+
 def test_a_result_that_stays_unreadable_is_not_polled_for_ever(
     scripted: ScriptedServer, training: TrainingClient
 ) -> None:

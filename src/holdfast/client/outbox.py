@@ -203,6 +203,15 @@ class Outbox:
             await asyncio.sleep(delay)
 
     def _place(self, operation: Operation, answer: Answer) -> None:
+        try:
+            self._place_answer(operation, answer)
+        except InvalidAnswerError as error:
+            # Accepted perhaps, and there is nothing by which to ask what became of it.
+            _fail(operation, error)
+            self._break_off(operation, error)
+
+    def _place_answer(self, operation: Operation, answer: Answer) -> None:
+        """Raises InvalidAnswerError for an answer that is no handle, no failure and no result."""
         body = answer.json()
         if isinstance(body, dict) and "request_id" in body and "type" not in body:
             operation.request_id = answer.read(FutureHandle).request_id
@@ -213,10 +222,7 @@ class Outbox:
             _fail(operation, error_from_body(body))
         else:
             # The result itself, as some servers answer short operations.
-            try:
-                _settle(operation, operation.read(answer))
-            except InvalidAnswerError as error:
-                _fail(operation, error)
+            _settle(operation, operation.read(answer))
 
     async def _poll_all(self) -> None:
         while self._accepted:
