@@ -221,6 +221,31 @@ def test_a_run_of_another_shape_is_refused_by_name(service: ServiceClient, name:
         resume_or_create(service, name, base_model=MODEL, rank=8)
 
 
+@pytest.mark.parametrize("flag", ["train_mlp", "train_attn", "train_unembed"])
+def test_a_run_that_trains_something_else_is_refused_by_name(
+    service: ServiceClient, name: str, flag: str
+) -> None:
+    def start(on: bool) -> Resumed:
+        return resume_or_create(
+            service,
+            name,
+            base_model=MODEL,
+            rank=4,
+            train_mlp=on or flag != "train_mlp",
+            train_attn=on or flag != "train_attn",
+            train_unembed=on or flag != "train_unembed",
+        )
+
+    run = start(False)
+    schedule = CheckpointSchedule(run, every_steps=1)
+    step(run.training_client, 0)
+    schedule.step_done(0)
+    schedule.finish(60)
+    with pytest.raises(RequestError, match=f"has {flag}=False, not True"):
+        start(True)
+    assert start(False).start_step == 1
+
+
 def test_no_usable_checkpoint_is_an_error_and_not_a_new_run(
     server: ServerProcess, service: ServiceClient, name: str
 ) -> None:

@@ -16,6 +16,7 @@ from holdfast.client.training import TrainingClient
 from holdfast.client.types import Checkpoint, OptimizerConfig, SaveWeightsResponse
 from holdfast.protocol.errors import (
     AuthenticationError,
+    ConflictError,
     ConnectionFailedError,
     HoldfastError,
     NotFoundError,
@@ -103,6 +104,8 @@ class CheckpointSchedule:
         self._last_time = time.monotonic()
         self._done_steps = self._last_step
         self._pending: Future[SavedCheckpoint | None] | None = None
+        self._uncertain: int | None = None
+        """The step whose save ended with an error and may be durable all the same."""
         self.error: HoldfastError | None = None
         """Why the last save failed; None when it succeeded."""
 
@@ -156,27 +159,31 @@ class CheckpointSchedule:
 
     def _save(self) -> Future[SavedCheckpoint | None]:
         step = self._done_steps
-        metadata = {STEP_KEY: str(step)}
-        if self._name is not None:
-            metadata[NAME_KEY] = self._name
-        saving = self._client.save_state(f"{self._prefix}-{step:06d}", user_metadata=metadata)
+        saving = self._client.save_state(
+            f"{self._prefix}-{step:06d}", user_metadata=self._metadata(step)
+        )
         self._last_time = time.monotonic()
         previous, self._last_step = self._last_step, step
         self._pending = Future(self._settle(saving, step, previous), self._client._server.runtime)
         return self._pending
 
+    def _metadata(self, step: int) -> dict[str, str]:
+        name = {} if self._name is None else {NAME_KEY: self._name}
+        return {STEP_KEY: str(step), **name}
+
     async def _settle(
         self, saving: Future[SaveWeightsResponse], step: int, previous: int
     ) -> SavedCheckpoint | None:
         try:
-            response = await saving
+            made = await self._made(saving, step)
         except HoldfastError as error:
+            if not isinstance(error, ConflictError):
+                self._uncertain = step
             log.error("the checkpoint after step %d was not saved: %s", step, error.message)
             self.error = error
             self._last_step = previous  # so the next step tries again
             return None
         self.error = None
-        made = SavedCheckpoint(response.path, step)
         self._saved.append(made)
         for old in await asyncio.to_thread(self._surplus):
             try:
@@ -188,6 +195,22 @@ class CheckpointSchedule:
                 continue
             self._saved.remove(old)
         return made
+
+    async def _made(self, saving: Future[SaveWeightsResponse], step: int) -> SavedCheckpoint:
+        """The checkpoint that a save made, or an earlier try of it whose answer was lost."""
+        try:
+            return SavedCheckpoint((await saving).path, step)
+        except ConflictError:
+            if self._uncertain != step:
+                raise
+            path = f"tinker://{self._client.model_id}/weights/{self._prefix}-{step:06d}"
+            listed = await self._rest.list_checkpoints(self._client.model_id)
+            for found in listed.checkpoints:
+                metadata = found.user_metadata or {}
+                ours = {key: metadata[key] for key in (STEP_KEY, NAME_KEY) if key in metadata}
+                if found.tinker_path == path and ours == self._metadata(step):
+                    return SavedCheckpoint(path, step, found.time)
+            raise
 
     def _surplus(self) -> list[SavedCheckpoint]:
         if self._keep_last is None:
@@ -284,7 +307,7 @@ def _resume_or_create(
                 log.warning("%s cannot be resumed from: %s", checkpoint.path, error.message)
                 continue
             try:
-                _check_same(client, name, base_model, rank)
+                _check_same(client, name, base_model, rank, flags)
             except RequestError:
                 await client.close_async()
                 raise
@@ -304,7 +327,9 @@ def _resume_or_create(
     return service._future(work())
 
 
-def _check_same(client: TrainingClient, name: str, base_model: str, rank: int) -> None:
+def _check_same(
+    client: TrainingClient, name: str, base_model: str, rank: int, flags: tuple[bool, bool, bool]
+) -> None:
     info = client.get_info()
     found = (info.model_data.model_name, info.lora_rank)
     if found != (base_model, rank):
@@ -312,6 +337,17 @@ def _check_same(client: TrainingClient, name: str, base_model: str, rank: int) -
             f"the run {name!r} has base model {found[0]!r} and rank {found[1]}, not"
             f" {base_model!r} and {rank}: give what it has, or begin a run of another name"
         )
+    trained = {
+        "train_mlp": info.train_mlp,
+        "train_attn": info.train_attn,
+        "train_unembed": info.train_unembed,
+    }
+    for (flag, has), wanted in zip(trained.items(), flags, strict=True):
+        if has is not None and has != wanted:  # some servers do not say
+            raise RequestError(
+                f"the run {name!r} has {flag}={has}, not {wanted}: give what it has, or begin a run"
+                " of another name"
+            )
 
 
 async def _find(rest: RestClient, name: str) -> list[SavedCheckpoint]:
