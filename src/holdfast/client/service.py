@@ -51,7 +51,7 @@ class ServiceClient:
     it in a `with` block: that ends the session and frees its models.
 
     >>> with ServiceClient() as service:  # doctest: +SKIP
-    ...     client = service.create_lora_training_client("holdfast/tiny", rank=8).result()
+    ...     client = service.create_lora_training_client("holdfast-tiny", rank=8).result()
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ServiceClient:
     ) -> ClientFuture[TrainingClient]:
         """Start training a new LoRA adapter of a base model.
 
-        >>> client = service.create_lora_training_client("holdfast/tiny", rank=8).result()
+        >>> client = service.create_lora_training_client("holdfast-tiny", rank=8).result()
         ... # doctest: +SKIP
         """
         if not (train_mlp or train_attn or train_unembed):
@@ -275,7 +275,7 @@ class ServiceClient:
     ) -> ClientFuture[SamplingClient]:
         """Sample from a saved checkpoint, or from a base model.
 
-        >>> sampler = service.create_sampling_client(base_model="holdfast/tiny").result()
+        >>> sampler = service.create_sampling_client(base_model="holdfast-tiny").result()
         ... # doctest: +SKIP
         """
         if (model_path is None) == (base_model is None):
