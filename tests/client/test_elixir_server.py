@@ -7,6 +7,7 @@ creation's numbers come again, and the model's id is wanted at once.
 from __future__ import annotations
 
 import itertools
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import httpx2
 import pytest
 
 from holdfast import AdamParams, ServiceClient, TrainingClient, types
+from holdfast.runs.order import GAP_LEASE_ELIXIR
 from tests.client.scenario import MODEL, batch, seen
 from tests.support.server import ServerProcess
 
@@ -56,6 +58,8 @@ class Elixir:
             },
         )["session_id"]
         self.model_seq_id = 0
+        self.creation = ""
+        """The request that made the last model."""
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"x-idempotency-key": uuid.uuid4().hex}
@@ -115,6 +119,7 @@ class Elixir:
                 "user_metadata": None,
             },
         )
+        self.creation = answer["request_id"]
         model_id = answer["model_id"]  # wanted at once: the future is never polled
         assert isinstance(model_id, str)
         return model_id
@@ -248,17 +253,25 @@ def test_a_checkpoint_made_by_ours_goes_on_in_the_elixir_client(
 def test_a_failed_creation_from_state_repeats_its_numbers(elixir: Elixir) -> None:
     """The failed try leaves its model; the next creation has the same pair and is a new model."""
     first = Run(elixir, elixir.create_model())
+    assert elixir.creation == f"{first.model_id}:0"
+    assert elixir.post("get_info", {"model_id": first.model_id})["lora_rank"] == 8
     with pytest.raises(Refused) as caught:
         first.load("tinker://none/weights/none", optimizer=True)
     assert caught.value.category == "user"
     assert "none" in str(caught.value)
     second = Run(elixir, elixir.create_model(rank=4, seed=1))
+    assert second.model_id == first.model_id
+    assert elixir.creation == f"{first.model_id}:g1:0"
+    assert elixir.post("get_info", {"model_id": second.model_id})["lora_rank"] == 4
     path = second.save("a")
+    assert elixir.post("weights_info", {"tinker_path": path})["lora_rank"] == 4
     second.load(path, optimizer=False)
     second.train((1,))
 
 
-def test_a_number_that_never_comes_is_waited_for_and_passed_over(elixir: Elixir) -> None:
+def test_a_number_that_never_comes_is_waited_for_and_passed_over(
+    elixir: Elixir, service: ServiceClient
+) -> None:
     """Making a sampling client takes a training number that is sent nowhere."""
     run = Run(elixir, elixir.create_model())
     run.train((1,))
@@ -284,7 +297,19 @@ def test_a_number_that_never_comes_is_waited_for_and_passed_over(elixir: Elixir)
         },
     )
     assert sampler["sampling_session_id"]
+    started = time.monotonic()
+    body = {"forward_backward_input": {"data": data(2), "loss_fn": "cross_entropy"}}
+    gradients = result(run.send("forward_backward", "ForwardBackward", body))
+    waited = time.monotonic() - started
+    assert GAP_LEASE_ELIXIR - 1 <= waited < GAP_LEASE_ELIXIR + 20
     run.send("optim_step", "OptimStep", {"adam_params": ADAM})
+    # Two steps were taken, and the second on what a run without the gap sees.
+    path = run.save("after")
+    assert elixir.post("weights_info", {"tinker_path": path})["step"] == 2
+    whole = service.create_lora_training_client(MODEL, rank=8, seed=7).result(60)
+    train(whole, (1,))
+    other = whole.forward_backward(batch(types, 2), "cross_entropy").result(60)
+    assert gradients == seen(other)
 
 
 def test_a_refusal_reads_well_without_detail(elixir: Elixir) -> None:
