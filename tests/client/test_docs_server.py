@@ -1,4 +1,4 @@
-"""The guide's code runs as it stands."""
+"""The code of the guide and of the README runs as it stands."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ import pytest
 
 from tests.support.server import ServerProcess
 
-GUIDE = Path(__file__).parents[2] / "docs" / "persistence.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "persistence.md"
+README = ROOT / "README.md"
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def code() -> str:
-    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 8
-    return "\n".join(blocks)
+    found = blocks(GUIDE)
+    assert len(found) >= 8
+    return "\n".join(found)
+
+
+def readme(server: ServerProcess) -> str:
+    """The README's program, with this server's address in place of the usual one."""
+    (program,) = blocks(README)
+    usual = "http://127.0.0.1:8000"
+    assert program.count(usual) == 1
+    return program.replace(usual, server.url)
 
 
 def run(server: ServerProcess, script: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +48,7 @@ def run(server: ServerProcess, script: str) -> subprocess.CompletedProcess[str]:
 def test_the_guides_code_runs_from_top_to_bottom(server: ServerProcess) -> None:
     done = run(server, code())
     assert done.returncode == 0, done.stderr
-    assert "checkpoint_not_found user" in done.stdout or "_not_found user" in done.stdout
+    assert re.search(r"^checkpoint_not_found user ", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.timeout(120)
@@ -45,3 +59,22 @@ def test_its_assertions_are_meant(server: ServerProcess) -> None:
     done = run(server, changed)
     assert done.returncode != 0
     assert "AssertionError" in done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_the_readmes_code_trains_saves_and_resumes(server: ServerProcess) -> None:
+    done = run(server, readme(server))
+    assert done.returncode == 0, done.stderr
+    shown = [line.split() for line in done.stdout.splitlines()]
+    assert [int(number) for number, _ in shown] == list(range(10))
+    losses = [float(loss) for _, loss in shown]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.timeout(120)
+def test_the_readmes_program_fails_where_its_checkpoint_is_not(server: ServerProcess) -> None:
+    changed = readme(server).replace("with_optimizer(path)", 'with_optimizer(path + "x")')
+    assert changed != readme(server)
+    done = run(server, changed)
+    assert done.returncode != 0
+    assert "NotFoundError" in done.stderr
