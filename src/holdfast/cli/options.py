@@ -46,15 +46,17 @@ def read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) 
             names = ", ".join(sorted(n for n in known if n not in ("config", "help") and n))
             raise click.BadParameter(f"{path} sets {key!r}; known are {names}")
         try:
-            defaults[name] = _checked(ctx, known[name], value)
+            defaults[name] = _checked(known[name], value)
         except click.BadParameter as error:
             raise click.BadParameter(f"{path}, {key}: {error.message}") from error
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
 
 
-def _checked(ctx: click.Context, option: click.Option, value: object) -> object:
-    """A value of a TOML file as the option takes it.
+def _checked(option: click.Option, value: object) -> object:
+    """A value of a TOML file, of the type that the option takes.
+
+    Its range is checked where it is used: a flag or the environment may go before it.
 
     A number may be given as text, as in an environment variable. An option that may be repeated
     takes one text, a list of them, or a table (NAME = "VALUE").
@@ -69,7 +71,7 @@ def _checked(ctx: click.Context, option: click.Option, value: object) -> object:
     elif isinstance(option.type, click.IntRange):
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise click.BadParameter(f"{value!r} is not an integer")
+        click.INT.convert(value, option, None)
     elif not isinstance(value, str):
         raise click.BadParameter(f"{value!r} is not a text")
-    option.type_cast_value(ctx, value)
     return value
