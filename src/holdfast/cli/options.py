@@ -71,7 +71,10 @@ def _checked(option: click.Option, value: object) -> object:
     elif isinstance(option.type, click.IntRange):
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise click.BadParameter(f"{value!r} is not an integer")
-        click.INT.convert(value, option, None)
+        try:
+            int(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is not an integer") from error
     elif not isinstance(value, str):
         raise click.BadParameter(f"{value!r} is not a text")
     return value
