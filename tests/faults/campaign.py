@@ -29,6 +29,7 @@ class Outcome:
     seen: list[Seen]
     done: Counter[str]
     kills: int
+    not_reached: list[str]
 
 
 class Campaign:
@@ -49,8 +50,16 @@ class Campaign:
         return run_script(self.server, self._steps, lambda: None)
 
     def disturbed(self, seed: int) -> Outcome:
-        """Run the script once while the server is disturbed."""
-        disturber = Disturber(self.server, self._points, seed)
+        """Run the script once while the server is disturbed at random."""
+        return self._run(Disturber(self.server, self._points, seed))
+
+    def dying_at_every_point(self) -> Outcome:
+        """Run the script once while the server dies at each of its fail points."""
+        disturber = Disturber(self.server, self._points, 0, only_points=True)
+        disturber.arm_every_point()
+        return self._run(disturber)
+
+    def _run(self, disturber: Disturber) -> Outcome:
         disturber.start()
         try:
             seen = run_script(self.server, self._steps, disturber.progress)
@@ -58,7 +67,7 @@ class Campaign:
             disturber.stop()
         if disturber.error is not None:
             raise disturber.error
-        return Outcome(seen, disturber.done, disturber.kills)
+        return Outcome(seen, disturber.done, disturber.kills, disturber.not_reached)
 
 
 def main() -> int:

@@ -24,16 +24,21 @@ class Disturber:
     often as one that kills its worker by itself would be.
     """
 
-    def __init__(self, server: ServerProcess, points: Path, seed: int) -> None:
+    def __init__(
+        self, server: ServerProcess, points: Path, seed: int, *, only_points: bool = False
+    ) -> None:
         self._server = server
         self._points = points
         self._random = random.Random(seed)
+        self._only_points = only_points
         self._progress = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="disturber")
         self.done: Counter[str] = Counter()
         """How often each disturbance was made."""
         self.error: BaseException | None = None
+        self.not_reached: list[str] = []
+        """Fail points that were armed and never come to."""
 
     def progress(self) -> None:
         """The script made a step."""
@@ -47,6 +52,7 @@ class Disturber:
         self._stop.set()
         self._progress.set()
         self._thread.join()
+        self.not_reached = self.armed()
         self._clear()
         if not self._server.alive:
             self._server.kill_and_restart()
@@ -59,8 +65,9 @@ class Disturber:
         try:
             while not self._stop.is_set():
                 self._progress.clear()
-                if not self._progress.wait(timeout=1):
+                if self._only_points or not self._progress.wait(timeout=1):
                     self._look_after()
+                    time.sleep(0.01)
                     continue
                 time.sleep(self._random.uniform(0, QUIET))
                 if not self._stop.is_set():
@@ -68,9 +75,19 @@ class Disturber:
         except BaseException as error:  # shown by the test
             self.error = error
 
+    def arm_every_point(self) -> None:
+        """Let the server die once at each of its fail points, whenever it comes to it."""
+        for point in failpoints.POINTS:
+            (self._points / point).touch()
+
+    def armed(self) -> list[str]:
+        """Fail points that were not reached."""
+        return sorted(path.name for path in self._points.iterdir())
+
     def _look_after(self) -> None:
         """Start a server again that has reached its fail point."""
         if not self._server.alive:
+            self.done["at a point"] += 1
             self._server.kill_and_restart()
 
     def _disturb(self) -> None:

@@ -308,6 +308,20 @@ def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: 
     )
 
 
+def close(connection: Connection, key: RunKey, *, now: float) -> None:
+    """A run has ended and will not be replayed: its bodies and recovery points go.
+
+    Outcomes can be asked for a while longer, as if they had been handed out now.
+    """
+    mine = (snapshots.c.run_id == key.id) & (snapshots.c.generation == key.generation)
+    connection.execute(snapshots.delete().where(mine))
+    connection.execute(
+        operations.update()
+        .where(_of(key))
+        .values(body=None, read=sa.func.coalesce(operations.c.read, now))
+    )
+
+
 def expire(connection: Connection, *, read_before: float) -> int:
     """Remove what nobody needs any more; how many results and rows there were.
 
@@ -335,15 +349,20 @@ def expire(connection: Connection, *, read_before: float) -> int:
             else_=read_before,
         )
     )
+    behind = sa.exists().where(
+        (floors.c.run_id == operations.c.run_id)
+        & (floors.c.generation == operations.c.generation)
+        & (operations.c.seq <= floors.c.seq)
+        & (operations.c.mark_at.is_(None) | (operations.c.mark_at < floors.c.seq))
+    )
+    of_ended = sa.exists().where(
+        (runs.c.id == operations.c.run_id)
+        & (runs.c.generation == operations.c.generation)
+        & (runs.c.state.not_in(("live", "lost")))
+    )
     rows = connection.execute(
         operations.delete().where(
-            ((operations.c.read < read_before) | never_shown)
-            & sa.exists().where(
-                (floors.c.run_id == operations.c.run_id)
-                & (floors.c.generation == operations.c.generation)
-                & (operations.c.seq <= floors.c.seq)
-                & (operations.c.mark_at.is_(None) | (operations.c.mark_at < floors.c.seq))
-            )
+            ((operations.c.read < read_before) | never_shown) & (behind | of_ended)
         )
     )
     return results.rowcount + rows.rowcount

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
+import structlog
 
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import samplers
@@ -24,10 +25,14 @@ from holdfast.runs.journal import Failure, Outcome
 from holdfast.store import NameKey
 
 MOST_WAITING = 20_000
-"""Requests in memory at a time, read ones included."""
+"""Requests without an answer, at a time."""
+MOST_KEPT = 256 << 20
+"""Bytes of answers that are kept; a client that has lost one sends its request again."""
 KEPT_AFTER_READ = 600.0
 """Seconds for which an answer can be read again."""
 _ATTEMPTS = 3
+
+_log = structlog.get_logger("holdfast.samplers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,12 @@ class _Request:
     read: float | None = None
     task: asyncio.Task[None] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes it is reckoned with, once it has its outcome."""
+        result = None if self.outcome is None else self.outcome.result
+        return 1024 + len(result or b"")
+
 
 class Samplers:
     """Creates samplers and executes their requests, one at a time per worker."""
@@ -60,6 +71,9 @@ class Samplers:
         self._checkpoints = checkpoints
         self._engines = engines
         self._requests: dict[tuple[str, int], _Request] = {}
+        self._unfinished = 0
+        self._forget_at = 1024
+        """Answers in memory from which on those that can go are looked for."""
 
     async def create(
         self,
@@ -126,7 +140,8 @@ class Samplers:
             expires=None,
             user_metadata=None,
             parent=manifest_id,
-            request_id=None,
+            # A manifest of its own: it goes with this session, whoever else samples the path.
+            request_id=f"{session_id}:sample:{seq_id}",
             files={n: blob for n, blob in manifest.files.items() if n != OPTIMIZER_STATE},
         )
         return await self.create(
@@ -171,13 +186,16 @@ class Samplers:
         body_hash = journal.digest(asked)
         known = self._requests.get(key)
         if known is None:
-            self._forget()
-            if len(self._requests) >= MOST_WAITING:
+            if len(self._requests) - self._unfinished > self._forget_at:
+                self._forget()
+                self._forget_at = max(1024, 2 * (len(self._requests) - self._unfinished))
+            if self._unfinished >= MOST_WAITING:
                 raise Unavailable(
                     "too_many_samples",
                     f"{MOST_WAITING} sampling requests are waiting; send this one again later",
                 )
             request = _Request(body_hash)
+            self._unfinished += 1
             request.task = asyncio.create_task(self._execute(sampler, body, request))
             self._requests[key] = request
         elif known.body_hash != body_hash:
@@ -214,8 +232,9 @@ class Samplers:
     def cancel(self, sampler_id: str, seq_id: int) -> None:
         """Drop a request that nobody waits for. Idempotent."""
         request = self._requests.pop((sampler_id, seq_id), None)
-        if request is not None and request.task is not None:
+        if request is not None and request.outcome is None and request.task is not None:
             request.task.cancel()
+            self._unfinished -= 1
 
     async def end_session(self, session_id: str) -> None:
         """Let the session's samplers go."""
@@ -241,6 +260,13 @@ class Samplers:
         except (EngineError, RunError) as error:
             failure = Failure(error.code, error.message, error.category)
             request.outcome = Outcome("sample", failure=failure)
+        except Exception:
+            _log.exception("a sampling request met a defect", sampler=sampler.id)
+            failure = Failure(
+                "internal_error", "the server met a defect; its log has the details", "server"
+            )
+            request.outcome = Outcome("sample", failure=failure)
+        self._unfinished -= 1
         request.done.set()
 
     async def _sample(self, sampler: Sampler, body: bytes) -> bytes:
@@ -262,11 +288,12 @@ class Samplers:
         )
 
     def _forget(self) -> None:
+        """Let answers go: long after they were read, or the oldest when they are too many."""
         now = time.monotonic()
-        old = [
-            key
-            for key, request in self._requests.items()
-            if request.read is not None and now - request.read > KEPT_AFTER_READ
-        ]
-        for key in old:
-            del self._requests[key]
+        finished = [(k, r) for k, r in self._requests.items() if r.outcome is not None]
+        size = sum(r.size for _, r in finished)
+        for key, request in finished:
+            old = request.read is not None and now - request.read > KEPT_AFTER_READ
+            if old or size > MOST_KEPT:
+                size -= request.size
+                del self._requests[key]

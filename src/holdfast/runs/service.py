@@ -72,6 +72,7 @@ class RunRecord:
 class _Live:
     run: Run
     driver: Driver
+    finishing: asyncio.Task[None] | None = None
 
 
 class Runs:
@@ -215,7 +216,9 @@ class Runs:
                     replaced = Failure(
                         "model_replaced", f"model {model_id!r} was created anew by a later request"
                     )
-                    await self._finish(live, replaced, "replaced")
+                    live.run.end(replaced)
+                    # Beside: its driver may be waiting for a base model, and others want to create.
+                    self._background(self._finish(live, replaced, "replaced"))
             key = RunKey(model_id, generation)
             now = time.time()
             row = {
@@ -398,7 +401,12 @@ class Runs:
         await self.samplers.end_session(session_id)
 
     async def _finish(self, live: _Live, reason: Failure, state: str) -> None:
-        """End a run, keep its last state, and let it go."""
+        """End a run, keep its last state, and let it go; once, however many ask for it."""
+        if live.finishing is None:
+            live.finishing = asyncio.create_task(self._finish_once(live, reason, state))
+        await asyncio.shield(live.finishing)
+
+    async def _finish_once(self, live: _Live, reason: Failure, state: str) -> None:
         run, driver = live.run, live.driver
         await run.finish(reason)
         kept = state != "lost"
@@ -423,6 +431,8 @@ class Runs:
         if not kept:  # whoever can repair it needs its snapshots
             return
         points = await self.catalog.read(lambda c: journal.recovery_points(c, run.key))
+        now = time.time()
+        await run.write_patiently(lambda c: journal.close(c, run.key, now=now))
         with suppress(RunError):
             await self.checkpoints.discard([manifest for _, manifest in points])
 
