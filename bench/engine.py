@@ -94,7 +94,7 @@ async def measure(model: str, pairs: int, threads: int, save_every: int) -> None
     targets = torch.from_numpy(np.stack([d.inputs["target_tokens"] for d in batch.data]))
     weights = torch.from_numpy(np.stack([d.inputs["weights"] for d in batch.data]))
     params = AdamParams(grad_clip_norm=1.0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         directory = Path(folder) / "model"
         AutoModelForCausalLM.from_config(MODELS[model]).save_pretrained(directory)
         bare = BareLoop(directory)

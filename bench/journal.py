@@ -23,7 +23,7 @@ TOKENS = 512
 
 def measure(requests: int) -> None:
     """Print the percentiles and the fsync they are compared with."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         fsync = _fsync_seconds(Path(folder) / "probe")
         with ServerProcess(Path(folder) / "data", "--threads", "1", "--device", "cpu") as server:
             # Nothing is computed meanwhile: the first number is missing, and the others wait.

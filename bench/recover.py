@@ -32,7 +32,7 @@ def measure(rounds: int, threads: int) -> None:
     """Print the medians."""
     task = DateTask(0)
     took, imports, replayed = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         server = ServerProcess(Path(folder), "--threads", str(threads), "--device", "cpu")
         server.start()
         service = holdfast.ServiceClient(base_url=server.url, api_key="tml-bench")

@@ -109,7 +109,7 @@ def measure(model: str, pairs: int, saves: int, threads: int) -> Series:
     targets = torch.from_numpy(np.stack([d.inputs["target_tokens"] for d in batch.data]))
     weights = torch.from_numpy(np.stack([d.inputs["weights"] for d in batch.data]))
     series = Series([], [], [])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         directory = Path(folder) / "model"
         AutoModelForCausalLM.from_config(MODELS[model]).save_pretrained(directory)
         bare = BareLoop(directory)
