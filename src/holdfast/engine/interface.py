@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from holdfast.store.model import Blob
+from holdfast.store.model import Incomplete as Incomplete
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -89,14 +90,6 @@ class BaseModelInfo:
     """An id that a client's machine can load, never a path of this machine."""
     fingerprint: Mapping[str, str | int | float | bool]
     """Versions, device, dtype, threads, token budget: where it agrees, steps are bit-identical."""
-
-
-@dataclass(frozen=True, slots=True)
-class Incomplete:
-    """Accumulated gradients lack the forward_backward `seq`; the next optim_step must fail."""
-
-    seq: int
-    message: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from holdfast.engine import interface
 from holdfast.engine.interface import (
     OPTIMIZER_STATE,
     BaseModelInfo,
@@ -69,12 +68,11 @@ def loaded(manifest: Manifest, config: RunConfig, *, optimizer: bool) -> Capture
     if not optimizer:
         files = {name: blob for name, blob in manifest.files.items() if name != OPTIMIZER_STATE}
         return Captured(StateInfo(config, 0, 0), files)
-    mark = manifest.incomplete
     state = StateInfo(
         config,
         manifest.step,
         manifest.pending_forward_backwards,
-        None if mark is None else interface.Incomplete(mark.seq, mark.message),
+        manifest.incomplete,
     )
     return Captured(state, manifest.files)
 

@@ -31,7 +31,7 @@ from holdfast.runs.placement import Placement
 from holdfast.runs.poison import count_death
 from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
-from holdfast.store import Incomplete, Manifest, NameKey
+from holdfast.store import Manifest, NameKey
 from holdfast.store.model import CheckpointKind
 
 REPLAY_BOUND = 30.0
@@ -297,7 +297,6 @@ class Publisher:
     ) -> Manifest:
         """The manifest of a captured state; without a name, a recovery point's."""
         state = captured.state
-        mark = state.incomplete
         return Manifest(
             kind=kind,
             run=self._run.key.id,
@@ -309,7 +308,7 @@ class Publisher:
             lora=bodies.manifest_lora(state.config),
             optimizer=state.config.optimizer if OPTIMIZER_STATE in captured.files else None,
             pending_forward_backwards=state.pending_forward_backwards,
-            incomplete=None if mark is None else Incomplete(mark.seq, mark.message),
+            incomplete=state.incomplete,
             parent=parent,
             owner=self._run.info.owner,
             created=time.time(),
