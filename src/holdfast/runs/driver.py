@@ -46,9 +46,8 @@ class Driver:
         while not run.closing and run.ended is None:
             run.wake.clear()
             due = order.next(time.monotonic())
-            unsettled = order.unsettled
             # A save that was copied but not published when its worker died is taken again.
-            if not self._placement.held and unsettled and unsettled[0].seq <= order.position:
+            if not self._placement.held and order.any_unsettled_below(order.position + 1):
                 await self._attach_alone()
             elif due is None:
                 run.note = None

@@ -64,6 +64,32 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
+# Built once, since building a statement takes longer than executing it.
+_THIS_RUN = (runs.c.id == sa.bindparam("run")) & (runs.c.generation == sa.bindparam("life"))
+_THIS_ONE = (
+    (operations.c.run_id == sa.bindparam("run"))
+    & (operations.c.generation == sa.bindparam("life"))
+    & (operations.c.seq == sa.bindparam("number"))
+)
+_ADD = operations.insert()
+_NOTE_REQUEST = runs.update().where(_THIS_RUN)
+_CHANGE = operations.update().where(_THIS_ONE)
+_OUTCOME = sa.select(
+    operations.c.kind, operations.c.state, operations.c.result, operations.c.error
+).where(_THIS_ONE)
+_RECORD = sa.select(
+    operations.c.body, operations.c.target, operations.c.result_hash, operations.c.error
+).where(_THIS_ONE)
+
+
+def _this_run(key: RunKey) -> dict[str, Any]:
+    return {"run": key.id, "life": key.generation}
+
+
+def _this_one(key: RunKey, seq: int) -> dict[str, Any]:
+    return {"run": key.id, "life": key.generation, "number": seq}
+
+
 def _at(key: RunKey, seq: int) -> sa.ColumnElement[bool]:
     return _of(key) & (operations.c.seq == seq)
 
@@ -81,31 +107,31 @@ def add(
     body: bytes | None = None,
     failure: Failure | None = None,
     mark_at: int | None = None,
+    note_request: bool = True,
 ) -> None:
-    """Journal a number for the first time, or replace a skipped one by its late request."""
+    """Journal a number for the first time, or replace a skipped one by its late request.
+
+    `note_request` keeps the time as that of the run's last request.
+    """
     if mark_at is not None:
         connection.execute(operations.delete().where(_at(key, entry.seq)))
-    connection.execute(
-        operations.insert().values(
-            run_id=key.id,
-            generation=key.generation,
-            seq=entry.seq,
-            kind=entry.kind,
-            state=entry.state.value,
-            body_hash=entry.body_hash,
-            body=body,
-            error=failure.as_json() if failure else None,
-            mark_at=mark_at,
-            accepted=now,
-            settled=now if entry.state.settled else None,
-            attempts=0,
-        )
-    )
-    connection.execute(
-        runs.update()
-        .where((runs.c.id == key.id) & (runs.c.generation == key.generation))
-        .values(last_request=now)
-    )
+    values = {
+        "run_id": key.id,
+        "generation": key.generation,
+        "seq": entry.seq,
+        "kind": entry.kind,
+        "state": entry.state.value,
+        "body_hash": entry.body_hash,
+        "body": body,
+        "error": failure.as_json() if failure else None,
+        "mark_at": mark_at,
+        "accepted": now,
+        "settled": now if entry.state.settled else None,
+        "attempts": 0,
+    }
+    connection.execute(_ADD, values)
+    if note_request:
+        connection.execute(_NOTE_REQUEST, {**_this_run(key), "last_request": now})
 
 
 def settle(
@@ -130,12 +156,12 @@ def settle(
         }
     if target is not None:
         values["target"] = target
-    connection.execute(operations.update().where(_at(key, seq)).values(values))
+    connection.execute(_CHANGE, {**_this_one(key, seq), **values})
 
 
 def set_target(connection: Connection, key: RunKey, seq: int, manifest: str) -> None:
     """Fix what a load reads before it reads it, so that a replay reads the same."""
-    connection.execute(operations.update().where(_at(key, seq)).values(target=manifest))
+    connection.execute(_CHANGE, {**_this_one(key, seq), "target": manifest})
 
 
 def count_attempt(connection: Connection, key: RunKey, seq: int) -> int:
@@ -158,11 +184,7 @@ class Record:
 
 def record(connection: Connection, key: RunKey, seq: int) -> Record:
     """Read an operation's record, which must be there."""
-    row = connection.execute(
-        sa.select(
-            operations.c.body, operations.c.target, operations.c.result_hash, operations.c.error
-        ).where(_at(key, seq))
-    ).one()
+    row = connection.execute(_RECORD, _this_one(key, seq)).one()
     return Record(
         row.body, row.target, row.result_hash, Failure.from_json(row.error) if row.error else None
     )
@@ -178,11 +200,7 @@ def identity(connection: Connection, key: RunKey, seq: int) -> tuple[str, str | 
 
 def outcome(connection: Connection, key: RunKey, seq: int) -> Outcome | None:
     """Read a settled operation's outcome; None while it is unsettled, or when its row is gone."""
-    row = connection.execute(
-        sa.select(
-            operations.c.kind, operations.c.state, operations.c.result, operations.c.error
-        ).where(_at(key, seq))
-    ).one_or_none()
+    row = connection.execute(_OUTCOME, _this_one(key, seq)).one_or_none()
     if row is None or not State(row.state).settled:
         return None
     if row.error is not None:

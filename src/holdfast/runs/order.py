@@ -82,6 +82,7 @@ class Order:
         self._reached = position
         self._floor = floor
         self._entries: dict[int, Entry] = {}
+        self._unsettled: set[int] = set()
         self._highest = position
         self._refused = False
         self._gap: tuple[int, float] | None = None
@@ -109,9 +110,11 @@ class Order:
     @property
     def unsettled(self) -> list[Entry]:
         """Accepted and running entries, in order."""
-        return sorted(
-            (e for e in self._entries.values() if not e.state.settled), key=lambda e: e.seq
-        )
+        return [self._entries[seq] for seq in sorted(self._unsettled)]
+
+    def any_unsettled_below(self, seq: int) -> bool:
+        """Whether one of the numbers below `seq` has no outcome yet."""
+        return min(self._unsettled, default=seq) < seq
 
     def classify(self, seq: int, kind: str, body_hash: str) -> Accept:
         """What a submission is; changes nothing."""
@@ -136,6 +139,8 @@ class Order:
         if entry.state is State.RUNNING:
             entry.state = State.ACCEPTED
         self._entries[entry.seq] = entry
+        if not entry.state.settled:
+            self._unsettled.add(entry.seq)
         self._highest = max(self._highest, entry.seq)
 
     def read_back(self, entries: Iterable[Entry]) -> None:
@@ -179,7 +184,9 @@ class Order:
             return None if entry.state is State.RUNNING else entry
         if self._highest <= seq:
             return None
-        if any(e.state is State.RUNNING and e.seq < seq for e in self._entries.values()):
+        if self.any_unsettled_below(seq) and any(
+            e.state is State.RUNNING and e.seq < seq for e in self.unsettled
+        ):
             return None
         if self._gap is None or self._gap[0] != seq:
             self._gap = (seq, now)
@@ -201,6 +208,7 @@ class Order:
         entry = self._entries[seq]
         assert not entry.state.settled
         entry.state = state
+        self._unsettled.remove(seq)
 
     def again(self, seq: int) -> None:
         """The entry's execution was lost; it comes up again."""
@@ -211,9 +219,8 @@ class Order:
         assert self._floor <= position <= self.position
         self.position = position
         self._gap = None
-        for entry in self._entries.values():
-            if entry.state is State.RUNNING:
-                entry.state = State.ACCEPTED
+        for entry in self.unsettled:
+            entry.state = State.ACCEPTED
 
     def forget(self, position: int) -> None:
         """Numbers up to `position` will not be replayed any more.

@@ -258,7 +258,7 @@ class Publisher:
 
     def _check_turn(self, seq: int) -> None:
         """Raises StateGone when an earlier save was lost with its worker, and is to come first."""
-        if any(entry.seq < seq for entry in self._run.order.unsettled):
+        if self._run.order.any_unsettled_below(seq):
             raise StateGone(f"what precedes position {seq} is to be published first")
 
     def _publish_next(self, copy: _Copy, work: Coroutine[Any, Any, None]) -> None:

@@ -30,6 +30,9 @@ _BODIES_IN_MEMORY = 64 << 20
 _OUTCOMES_IN_MEMORY = 16 << 20
 """Bytes of results a run keeps at hand for the first poll; the catalog has them all."""
 
+_REQUEST_NOTED_EVERY = 1.0
+"""Seconds for which the time of a run's last request is not written down again."""
+
 _log = structlog.get_logger("holdfast.runs")
 
 
@@ -93,7 +96,7 @@ class Run:
         self.note: str | None = None
         """What the run is busy with, for those who wait: recovering, waiting for a number, …"""
         self.log = _log.bind(run=str(key))
-        self.last_request = time.time()
+        self._request_noted = 0.0
         self._bodies: dict[int, bytes] = {}
         self._bodies_size = 0
         self._recent = _Recent()
@@ -127,7 +130,6 @@ class Run:
     ) -> str:
         async with self._submitting:
             body_hash = journal.digest(body)
-            self.last_request = time.time()
             if self.ended is not None and seq not in self.order:
                 raise RunError(self.ended.code, self.ended.message, reason="gone")
             match self.order.classify(seq, kind, body_hash):
@@ -215,16 +217,27 @@ class Run:
         first: Callable[[Connection], object] | None = None,
     ) -> None:
         now = time.time()
+        note = abs(now - self._request_noted) >= _REQUEST_NOTED_EVERY
 
         def work(connection: Connection) -> None:
             if first is not None:
                 first(connection)
-            journal.add(connection, self.key, entry, now=now, body=body, failure=failure)
+            journal.add(
+                connection,
+                self.key,
+                entry,
+                now=now,
+                body=body,
+                failure=failure,
+                note_request=note,
+            )
 
         try:
             await self.services.catalog.write(work)
         except CatalogUnavailable as error:
             raise Unavailable("journal_unavailable", str(error)) from error
+        if note:
+            self._request_noted = now
 
     # --- Outcomes ----------------------------------------------------------------------------
 

@@ -277,7 +277,6 @@ class Runs:
                 order.add_late_mark(item.entry.seq, item.mark_at)
         info = RunInfo(record.session_id, record.owner, record.config, record.user_metadata)
         run = Run(key, info, self._services, order)
-        run.last_request = record.last_request
         self._start(run)
 
     # --- Runs --------------------------------------------------------------------------------

@@ -81,14 +81,14 @@ def create_app(
     failures.install(app)
     _settle_refused(app, context)
     for module in (
+        training,  # first what every step asks for: routes are tried one after the other
+        futures,
+        sampling,
         service,
         sessions,
         models,
-        training,
         checkpoints,
         archives,
-        sampling,
-        futures,
         training_runs,
         tokenizers,
     ):

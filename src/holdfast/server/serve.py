@@ -56,6 +56,7 @@ def serve(settings: Settings) -> None:
                 app,
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,
                 timeout_graceful_shutdown=_GRACE,
                 # Idle connections of clients that poll every half minute stay open.
                 timeout_keep_alive=75,
