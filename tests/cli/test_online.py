@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from holdfast import AdamParams, Datum, ModelInput, ServiceClient, TensorData
+from holdfast.cli.server_process import free_port
 from tests.cli.samples import fails, holdfast
-from tests.support.server import ServerProcess, free_port
+from tests.support.server import ServerProcess
 
 MODEL = "holdfast-tiny"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -41,3 +44,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def service(server: ServerProcess) -> Iterator[ServiceClient]:
     with ServiceClient(base_url=server.url) as made:
         yield made
+
+
+@contextmanager
+def quiet(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Fails when the loop has anything to complain about, as of an error that nobody asked for."""
+    complaints: list[object] = []
+    gc.collect()
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    try:
+        yield
+        gc.collect()  # asyncio complains when it throws the future away
+        assert complaints == []
+    finally:
+        loop.set_exception_handler(before)

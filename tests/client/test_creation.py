@@ -8,6 +8,7 @@ import pytest
 
 from holdfast import ServiceClient, TrainingClient
 from holdfast.client.futures import ClientFuture
+from holdfast.client.runtime import runtime
 from holdfast.errors import (
     AwaitTimeoutError,
     ClosedError,
@@ -17,7 +18,7 @@ from holdfast.errors import (
     RequestError,
 )
 from holdfast.protocol.errors import failed_future_body
-from tests.client.conftest import QUICK
+from tests.client.conftest import QUICK, quiet
 from tests.client.scripted import LOST_ANSWER, Fault, Reply, Request, ScriptedServer, status
 
 PATH = "tinker://r:train:0/weights/a"
@@ -127,6 +128,17 @@ def test_a_cancelled_load_leaves_no_model(
     assert scripted.models
     assert scripted.alive == []
     assert future.cancelled()
+
+
+def test_a_client_that_could_not_be_made_says_so_to_its_caller_alone(
+    scripted: ScriptedServer, from_state: ServiceClient
+) -> None:
+    """The error of the load that was given up is asked for by nobody, and prints nothing."""
+    scripted.results["load_weights"] = pending
+    with quiet(runtime().loop):
+        with pytest.raises(AwaitTimeoutError):
+            start(from_state, await_timeout=0.2).result(10)
+        time.sleep(0.1)
 
 
 def test_a_model_that_no_info_is_given_of_is_unloaded(

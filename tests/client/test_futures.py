@@ -16,7 +16,9 @@ from holdfast.errors import (
     OperationCancelledError,
     RequestError,
 )
-from tests.client.scripted import ScriptedServer, status
+from holdfast.protocol.errors import failed_future_body
+from tests.client.conftest import quiet
+from tests.client.scripted import Reply, ScriptedServer, status
 
 PATH = "tinker://r/weights/a"
 
@@ -182,6 +184,23 @@ async def test_a_cancelled_task_stops_waiting_and_the_result_stays(
         await future.result_async(timeout=0.05)
     first, second = await asyncio.gather(future, future)
     assert first == second
+
+
+@pytest.mark.anyio
+async def test_an_error_that_nobody_waits_for_any_more_prints_nothing(
+    scripted: ScriptedServer, training: TrainingClient
+) -> None:
+    scripted.op_seconds = 0.2
+    failed = failed_future_body("no gradients", category="user", code="x")
+    scripted.results["optim_step"] = lambda request, seq: Reply.json(failed)
+    with quiet(asyncio.get_running_loop()):
+        future = training.optim_step()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await future
+        await asyncio.to_thread(future.exception, 10)
+        await asyncio.sleep(0.05)  # until this loop has heard of it
+        assert isinstance(future.exception(), RequestError)
 
 
 @pytest.mark.anyio

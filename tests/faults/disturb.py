@@ -89,7 +89,7 @@ class Disturber:
         if not self._server.alive:
             self.done["at a point"] += 1
             self._server.kill()
-            self._server.start(wait=False)  # it may come to the next one while it starts
+            self._server.launch()  # it may come to the next one while it starts
 
     def _disturb(self) -> None:
         what = self._random.choices(

@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from holdfast.cli.server_process import free_port
 from tests.support.raw import RawRun
-from tests.support.server import ServerProcess, free_port
+from tests.support.server import ServerProcess
 
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 

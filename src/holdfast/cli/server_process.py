@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from typing import Self
 
 _STARTUP = 60.0
 """Seconds that a server has to answer; it takes about one."""
+_SHUTDOWN = 30.0
 
 
 class ServerDied(Exception):
@@ -21,19 +20,23 @@ class ServerDied(Exception):
 
 
 class ServerProcess:
-    """`holdfast serve` on a free port of this machine, its log in the data directory."""
+    """`holdfast serve` on a free port of this machine, its log in the data directory.
+
+    Started, killed and started again on the same data and the same port. A context manager that
+    starts and stops it.
+    """
 
     def __init__(self, data_dir: Path, *options: str) -> None:
-        self._data_dir = data_dir
+        self.data_dir = data_dir
+        self.port = free_port()
         self._options = options
-        self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         data_dir.mkdir(parents=True, exist_ok=True)
-        self.log = data_dir / "server.log"
+        self.log_file = data_dir / "server.log"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -41,43 +44,76 @@ class ServerProcess:
         assert self._process is not None, "the server does not run"
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs: it may have ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
+    def command(self) -> list[str]:
+        """What is executed."""
+        return [
+            sys.executable,
+            "-m",
+            "holdfast.cli",
+            "serve",
+            f"--port={self.port}",
+            f"--data-dir={self.data_dir}",
+            *self._options,
+        ]
+
+    def environment(self) -> dict[str, str] | None:
+        """What it is executed with: this process's own environment for None."""
+        return None
+
     def start(self) -> float:
-        """Start it, and wait until it answers; the seconds that took."""
+        """Start it, and wait until it answers; the seconds that took. Raises ServerDied."""
         began = time.monotonic()
-        command = [sys.executable, "-m", "holdfast.cli", "serve"]
-        command += ["--port", str(self._port), "--data-dir", str(self._data_dir), *self._options]
-        with self.log.open("ab") as log:
+        self.launch()
+        self.wait_until_healthy()
+        return time.monotonic() - began
+
+    def launch(self) -> None:
+        """Start it, and wait for nothing."""
+        assert not self.alive, "the server runs already"
+        with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment(),
             )
-        while time.monotonic() - began < _STARTUP:
-            if self._process.poll() is not None:
-                break
+
+    def wait_until_healthy(self) -> None:
+        """Wait until it answers. Raises ServerDied when it ended, or does not answer in time."""
+        deadline = time.monotonic() + _STARTUP
+        while self.alive and time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.url}/healthz", timeout=5):
-                    return time.monotonic() - began
+                    return
             except OSError:
                 time.sleep(0.02)
         self.kill()
-        raise ServerDied(self.log.read_text(errors="replace")[-2000:])
+        raise ServerDied(self.log_file.read_text(errors="replace")[-2000:])
 
     def kill(self) -> None:
-        """End it as a power cut would: SIGKILL, nothing finished, nothing closed."""
+        """End it as a power cut would: SIGKILL, nothing finished, nothing closed. Idempotent."""
         if self._process is not None:
-            if self._process.poll() is None:
-                os.kill(self._process.pid, signal.SIGKILL)
+            self._process.kill()  # which does nothing to one that has ended by itself
             self._process.wait()
             self._process = None
 
-    def stop(self) -> None:
-        """End it gracefully."""
-        if self._process is not None and self._process.poll() is None:
+    def stop(self) -> bool:
+        """End it gracefully; False when it had to be killed. Idempotent."""
+        if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(timeout=30)
+                self._process.wait(_SHUTDOWN)
             except subprocess.TimeoutExpired:
                 self.kill()
-        self._process = None
+                return False
+            self._process = None
+        return True
 
     def __enter__(self) -> Self:
         self.start()
@@ -87,7 +123,8 @@ class ServerProcess:
         self.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -86,8 +86,10 @@ class Future(Generic[T]):
         return waiter.result()
 
     async def _wait(self) -> T:
+        waiting = asyncio.wrap_future(self._outcome)
+        waiting.add_done_callback(_seen)
         # Shielded: whoever stops waiting does not stop the others.
-        return await asyncio.shield(asyncio.wrap_future(self._outcome))
+        return await asyncio.shield(waiting)
 
     def _check_thread(self) -> None:
         if self._runtime.here and not self._outcome.done():
@@ -116,6 +118,12 @@ class ClientFuture(Future[T]):
     def __exit__(self, *args: object) -> None:
         client: Any = self.result()
         client.__exit__(*args)
+
+
+def _seen(outcome: asyncio.Future[Any]) -> None:
+    """An error that came when its waiter had left is no reason for a message on stderr."""
+    if not outcome.cancelled():
+        outcome.exception()
 
 
 def _still_going(timeout: float | None) -> AwaitTimeoutError:
