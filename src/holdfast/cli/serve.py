@@ -39,7 +39,7 @@ from holdfast.cli.options import data_dir, read_config
     "--threads",
     type=click.IntRange(0, 1024),
     default=0,
-    show_default="one for each core",
+    show_default="as many as suit the model",
     help="Compute threads of a worker. A part of the numerics: change it only between runs.",
 )
 @click.option(

@@ -29,6 +29,22 @@ DEFAULT_TOKEN_BUDGET = 2048
 DEFAULT_COPY_BUDGET = 2 << 30
 
 _CLOSE_SECONDS = 30.0
+_ENVIRONMENT = {
+    "OMP_DYNAMIC": "FALSE",
+    # Threads that spin while they wait take the processor from those they wait for, as soon
+    # as anything else runs: a step then takes several times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MKL_DYNAMIC": "FALSE",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Memory that was freed stays with the process: a step's tensors are of the same sizes
+    # as the last step's, and page faults cost more than their arithmetic.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What must be set before the worker imports torch."""
 
 
 class WorkerProcess:
@@ -68,18 +84,16 @@ class WorkerProcess:
         """Start a worker for the base model `source` (a directory or a hub id), called `name`.
 
         Returns before the model is loaded; calls may be made at once, `ready` waits for it.
-        `threads` defaults to the processors this process may use; `copy_budget` bounds the bytes
+        `threads` defaults to what suits the model; `copy_budget` bounds the bytes
         of captured states that wait to be written.
         """
-        if threads is None:
-            threads = _processors()
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "holdfast.engine.worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, **_environment(threads)},
+            env={**os.environ, **_ENVIRONMENT},
             limit=1 << 20,
         )
         worker = cls(process)
@@ -262,28 +276,3 @@ def _seen(future: asyncio.Future[frames.Frame]) -> None:
     """An answer that nobody waits for any more is no reason for a message."""
     if not future.cancelled():
         future.exception()
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """What must be set before the worker imports torch."""
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OMP_DYNAMIC": "FALSE",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MKL_DYNAMIC": "FALSE",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # Memory that was freed stays with the process: a step's tensors are of the same sizes
-        # as the last step's, and page faults cost more than their arithmetic.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
-        "MALLOC_TOP_PAD_": str(64 << 20),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }

@@ -48,7 +48,7 @@ class Settings:
     tokenizer_id: str | None
     store: str
     device: str
-    threads: int
+    threads: int | None
     token_budget: int
     copy_budget: int
     """Bytes of captured states in host memory that are not written yet."""
@@ -231,7 +231,6 @@ def _load(settings: Settings, store: Store, progress: Callable[[], None]) -> Cor
     from holdfast.engine.core import Core
 
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -1,6 +1,7 @@
 """What a request's handler works with, as FastAPI dependencies.
 
-They are coroutines because FastAPI calls plain functions in a thread, which costs more than they do.
+They are coroutines because FastAPI calls plain functions in a thread, and that costs more than what
+they do.
 """
 
 from __future__ import annotations

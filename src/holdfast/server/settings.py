@@ -36,7 +36,7 @@ class Settings:
     models: Mapping[str, ModelSource] = field(default_factory=dict)
     """By the name that clients use. The shipped model is there besides these."""
     threads: int = 0
-    """Compute threads of a worker; 0: one for each core."""
+    """Compute threads of a worker; 0: as many as suit the model."""
     token_budget: int = 4096
     """Tokens that a worker puts through a model at once."""
     device: str = "auto"
