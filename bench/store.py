@@ -21,7 +21,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from holdfast.store import Blob, LocalStore, Lora, Manifest
+from holdfast.store import Blob, LocalStore, LoraConfig, Manifest
 from holdfast.store.files import LocalFiles, WriteFile
 
 SAVE_GOAL, LOAD_GOAL, SMALL_GOAL = 0.85, 0.85, 3.0
@@ -172,7 +172,7 @@ def save_state(store: LocalStore, state: bytes, i: int) -> None:
         step=i,
         base_model="bench",
         base_revision="0",
-        lora=Lora(8, 32.0, 0, True, True, True),
+        lora=LoraConfig(8, 0),
         optimizer="adamw",
         owner="bench",
         created=time.time(),

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save
 
 from holdfast.cli.main import main
-from holdfast.store import Lora, Manifest, Store
+from holdfast.store import LoraConfig, Manifest, Store
 from tests.store.samples import CONFIG, OPTIMIZER, PLAIN, WEIGHTS
 
 HIDDEN, INNER, VOCABULARY, RANK = 8, 12, 16, 2
@@ -101,7 +101,7 @@ def add_checkpoint(
     if files is None:
         files = {**adapter_files(), OPTIMIZER: optimizer_file()}
     blobs = {name: store.put_blob([data]) for name, data in files.items()}
-    lora = Lora(RANK, 32.0, 1, train_attn=True, train_mlp=True, train_unembed=False)
+    lora = LoraConfig(RANK, 1, 32.0, train_attn=True, train_mlp=True, train_unembed=False)
     manifest = dataclasses.replace(PLAIN, files=blobs, lora=lora, **changes)
     manifest_id = store.publish(manifest)
     if manifest.key is not None:

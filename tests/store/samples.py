@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.store import Blob, Lora, Manifest, NameKey
+from holdfast.store import Blob, LoraConfig, Manifest, NameKey
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -20,7 +20,9 @@ PLAIN = Manifest(
     step=3,
     base_model="tiny",
     base_revision="r1",
-    lora=Lora(rank=8, alpha=32.0, seed=1, train_attn=True, train_mlp=True, train_unembed=False),
+    lora=LoraConfig(
+        rank=8, alpha=32.0, seed=1, train_attn=True, train_mlp=True, train_unembed=False
+    ),
     optimizer="adamw",
     owner="local",
     created=1.7e9,

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from holdfast.store.model import Blob
 from holdfast.store.model import Incomplete as Incomplete
+from holdfast.store.model import LoraConfig as LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,18 +38,6 @@ class EngineError(Exception):
 
 class WorkerDied(Exception):
     """The worker process ended before it answered. The operation may be sent again to a new one."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    """What is trained. `alpha` is PEFT's lora_alpha: the update is scaled by alpha / rank."""
-
-    rank: int
-    seed: int
-    alpha: float = 32.0
-    train_attn: bool = True
-    train_mlp: bool = True
-    train_unembed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

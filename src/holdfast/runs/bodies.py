@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from holdfast.engine.interface import AdamParams, LoraConfig, RunConfig
-from holdfast.store import Lora, Manifest, NameKey
+from holdfast.store import Manifest, NameKey
 
 CREATE = "create"
 CREATE_FROM_STATE = "create_from_state"
@@ -149,9 +149,4 @@ def config_from_json(value: Mapping[str, Any]) -> RunConfig:
 
 def config_of(manifest: Manifest) -> RunConfig:
     """The configuration of a run that continues a checkpoint."""
-    lora = dataclasses.asdict(manifest.lora)
-    return RunConfig(manifest.base_model, LoraConfig(**lora), manifest.optimizer or "adamw")
-
-
-def manifest_lora(config: RunConfig) -> Lora:
-    return Lora(**dataclasses.asdict(config.lora))
+    return RunConfig(manifest.base_model, manifest.lora, manifest.optimizer or "adamw")

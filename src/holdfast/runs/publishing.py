@@ -305,7 +305,7 @@ class Publisher:
             step=state.step,
             base_model=state.config.base_model,
             base_revision=info.revision,
-            lora=bodies.manifest_lora(state.config),
+            lora=state.config.lora,
             optimizer=state.config.optimizer if OPTIMIZER_STATE in captured.files else None,
             pending_forward_backwards=state.pending_forward_backwards,
             incomplete=state.incomplete,

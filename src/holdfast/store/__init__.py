@@ -28,7 +28,7 @@ from holdfast.store.errors import (
     UnsupportedFormat,
 )
 from holdfast.store.local import LocalStore
-from holdfast.store.model import Blob, Incomplete, Lora, Manifest, NameKey
+from holdfast.store.model import Blob, Incomplete, LoraConfig, Manifest, NameKey
 
 __all__ = [
     "Archive",
@@ -44,7 +44,7 @@ __all__ = [
     "InvalidFile",
     "InvalidValue",
     "LocalStore",
-    "Lora",
+    "LoraConfig",
     "Manifest",
     "Missing",
     "MissingBlob",

@@ -85,15 +85,15 @@ class NameKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
-    """What is trained. The update is scaled by alpha / rank."""
+class LoraConfig:
+    """What is trained. `alpha` is PEFT's lora_alpha: the update is scaled by alpha / rank."""
 
     rank: int
-    alpha: float
     seed: int
-    train_attn: bool
-    train_mlp: bool
-    train_unembed: bool
+    alpha: float = 32.0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Manifest:
     """optim_steps applied."""
     base_model: str
     base_revision: str
-    lora: Lora
+    lora: LoraConfig
     optimizer: str | None
     """The optimizer's type, None without optimizer state."""
     owner: str
@@ -199,8 +199,8 @@ class Manifest:
             )
         try:
             _check_keys("a manifest", document, cls)
-            _check_keys("lora", document["lora"], Lora)
-            document["lora"] = Lora(**document["lora"])
+            _check_keys("lora", document["lora"], LoraConfig)
+            document["lora"] = LoraConfig(**document["lora"])
             if document["incomplete"] is not None:
                 _check_keys("incomplete", document["incomplete"], Incomplete)
                 document["incomplete"] = Incomplete(**document["incomplete"])
@@ -218,7 +218,7 @@ class Manifest:
         return manifest
 
 
-def _fields_of(value: Manifest | Lora | Incomplete | Blob) -> dict[str, Any]:
+def _fields_of(value: Manifest | LoraConfig | Incomplete | Blob) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__slots__}
 
 
@@ -335,8 +335,8 @@ def _check_mappings(m: Manifest) -> None:
 
 
 def _check_lora(lora: object) -> None:
-    if not isinstance(lora, Lora):
-        raise InvalidValue(f"lora must be a Lora, got {_show(lora)}")
+    if not isinstance(lora, LoraConfig):
+        raise InvalidValue(f"lora must be a LoraConfig, got {_show(lora)}")
     _check_count("lora.rank", lora.rank)
     if not _is_int(lora.seed) or abs(lora.seed) > 1 << 64:
         raise InvalidValue(f"lora.seed must be an integer of 64 bits, got {_show(lora.seed)}")
