@@ -40,6 +40,7 @@ class Op:
     refusal: str = "invalid_datum"
     seen: Outcome | None = None
     read_at: float | None = None
+    refused_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,6 +216,8 @@ class World:
         """Which points count; None: all."""
         self.die_in: int | None = None
         """Steps of an engine after which the worker dies."""
+        self.deadly: frozenset[str] = frozenset()
+        """Steps at which every worker dies."""
         self.refuse_commits = 0
         """How many commits the database refuses from now on."""
         self.kills = 0
@@ -328,6 +330,8 @@ class World:
 
     def _engine_point(self, what: str) -> None:
         self.point(what)
+        if what in self.deadly:
+            raise WorkerDied(f"at {what}, as always")
         if self.die_in is not None and what != "ready":
             self.die_in -= 1
             if self.die_in < 0:

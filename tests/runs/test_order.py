@@ -50,6 +50,14 @@ def executed(*kinds: str, elixir: bool = False) -> Order:
     return order
 
 
+def come_late(order: Order, seq: int, kind: str = "forward_backward", body_hash: str = "h") -> int:
+    """The request of a skipped number comes; the position at which it takes effect."""
+    position = order.hold()
+    order.arrived_late(seq, kind, body_hash)
+    order.go_on()
+    return position
+
+
 # --- What comes up --------------------------------------------------------------------------
 
 
@@ -174,7 +182,7 @@ def test_a_skipped_number_comes_late_once_and_is_a_duplicate_then() -> None:
     order.passed(1)
     assert order.was_skipped(1)
     assert order.classify(1, "forward_backward", "h") is Accept.LATE
-    assert order.arrived_late(1, "forward_backward", "h") == 1
+    assert come_late(order, 1) == 1
     assert not order.was_skipped(1)
     assert order.classify(1, "forward_backward", "h") is Accept.DUPLICATE
     assert order.classify(1, "forward_backward", "other") is Accept.CONFLICT
@@ -186,7 +194,7 @@ def test_a_late_request_takes_effect_after_the_operation_under_way() -> None:
     order.passed(1)
     submit(order, 2)
     order.begin(2)
-    assert order.arrived_late(1, "forward_backward", "h") == 2
+    assert come_late(order, 1) == 2
 
 
 def test_a_late_request_takes_effect_after_the_history_that_is_being_replayed() -> None:
@@ -196,7 +204,7 @@ def test_a_late_request_takes_effect_after_the_history_that_is_being_replayed() 
     submit(order, 3)
     execute(order, 3)
     order.rewind(0)
-    assert order.arrived_late(2, "forward_backward", "h") == 3
+    assert come_late(order, 2) == 3
 
 
 def test_a_late_request_after_a_restart_does_not_change_what_was_answered_before() -> None:
@@ -209,7 +217,32 @@ def test_a_late_request_after_a_restart_does_not_change_what_was_answered_before
             Entry(9, "optim_step", None, State.FAILED),  # refused ahead of its turn
         ]
     )
-    assert order.arrived_late(1, "forward_backward", "h") == 2
+    assert come_late(order, 1) == 2
+
+
+def test_nothing_begins_while_a_late_request_is_journaled() -> None:
+    order = executed("create")
+    order.add(Entry(1, "missing", None, State.SKIPPED))
+    order.passed(1)
+    submit(order, 2)
+    assert order.hold() == 1
+    assert order.next(0.0) is None
+    with pytest.raises(AssertionError):
+        order.begin(2)
+    order.go_on()
+    due = order.next(0.0)
+    assert isinstance(due, Entry) and due.seq == 2
+
+
+def test_what_is_history_is_replayed_also_while_a_late_request_is_journaled() -> None:
+    order = executed("create", "forward_backward")
+    order.add(Entry(2, "missing", None, State.SKIPPED))
+    order.passed(2)
+    order.rewind(0)
+    assert order.hold() == 2
+    due = order.next(0.0)
+    assert isinstance(due, Entry) and due.seq == 1
+    order.begin(1)
 
 
 def test_late_marks_fall_where_they_fell_the_first_time() -> None:
@@ -343,7 +376,7 @@ class Orders(RuleBasedStateMachine):
         if skipped:
             seq = skipped[which % len(skipped)]
             kind = "save" if seq % 3 == 2 else "step"
-            at = self.order.arrived_late(seq, kind, f"hash {seq}")
+            at = come_late(self.order, seq, kind, f"hash {seq}")
             expected = len(self.longest) - 1
             if self.running == len(self.longest):
                 expected += 1  # after the operation under way

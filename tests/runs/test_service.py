@@ -252,13 +252,15 @@ class Clients(RuleBasedStateMachine):
         started = self._now
         self._do(call)
         run.refused = True
-        self._enter(run, Op(seq, kind, b"", "refused", self._request_id(run, seq)), started)
+        op = Op(seq, kind, b"", "refused", self._request_id(run, seq), refused_at=started)
+        self._enter(run, op, started)
 
     @precondition(lambda self: self._open())
     @rule(pick=numbers, which=numbers)
     def duplicate(self, pick: int, which: int) -> None:
         run = self._pick(pick)
-        sent = [op for op in run.ops.values() if op.fate in ("accepted", "late") and op.seq]
+        # What was refused is refused again, before it comes here.
+        sent = [op for op in run.ops.values() if op.body and op.seq]
         if sent:
             op = sent[which % len(sent)]
             assert self._send(run, op) == op.request_id
@@ -404,8 +406,11 @@ class Clients(RuleBasedStateMachine):
     def _check(self, run: ModelRun, op: Op, found: Outcome) -> None:
         code = None if found.failure is None else found.failure.code
         if code == "result_expired":
-            assert op.read_at is not None and self._now - op.read_at >= KEPT_AFTER_READ - 1
-            assert op.seen is not None
+            # A refusal answers the submission itself, and leaves no future to be kept.
+            since = op.refused_at if op.read_at is None else op.read_at
+            assert since is not None and self._now - since >= KEPT_AFTER_READ - 1
+            assert op.seen is not None or op.refused_at is not None
+            op.seen = op.seen or found
             return
         if op.seen is not None:
             assert found == op.seen, f"{op} had another outcome before"

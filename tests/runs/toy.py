@@ -28,7 +28,8 @@ from holdfast.engine.interface import (
     StateInfo,
     WorkerDied,
 )
-from holdfast.store import Blob, Store
+from holdfast.engine.worker import store_error
+from holdfast.store import Blob, Store, StoreError
 
 NAME = "toy"
 _PRIME = (1 << 61) - 1
@@ -204,10 +205,13 @@ class ToyEngine:
         self, run: str, config: RunConfig, files: Mapping[str, Blob], *, optimizer: bool
     ) -> StateInfo:
         await self._reach("restore")
-        weights = self._store.read_blob(files[ADAPTER_WEIGHTS], what=f"weights of {run}")
         rest = None
-        if optimizer:
-            rest = self._store.read_blob(files[OPTIMIZER_STATE], what=f"optimizer of {run}")
+        try:
+            weights = self._store.read_blob(files[ADAPTER_WEIGHTS], what=f"weights of {run}")
+            if optimizer:
+                rest = self._store.read_blob(files[OPTIMIZER_STATE], what=f"optimizer of {run}")
+        except StoreError as error:
+            raise store_error(error) from error
         self.states[run] = replace(ToyState.decode(weights, rest), config=config)
         self._die_perhaps("restored")
         return self.states[run].info

@@ -23,6 +23,7 @@ LOAD_WEIGHTS = "load_weights"
 MISSING = "missing"
 """A number that was given up: which operation it would have been is not known."""
 
+SAVES = frozenset({SAVE_WEIGHTS, SAVE_SAMPLER, SAVE_EXTERNAL})
 CHANGES_STATE = frozenset({CREATE, CREATE_FROM_STATE, FORWARD_BACKWARD, OPTIM_STEP, LOAD_WEIGHTS})
 """What replay executes again."""
 

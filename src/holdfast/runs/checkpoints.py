@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -201,6 +202,27 @@ class Checkpoints:
             return {row.run_id: Checkpoint(**row._mapping) for row in rows}
 
         return await self._catalog.read(query)
+
+    async def newest_intact(self, run_id: str) -> NameKey | None:
+        """The newest checkpoint of a run to continue from whose every byte is as it was written."""
+
+        def query(connection: sa.Connection) -> list[NameKey]:
+            rows = connection.execute(
+                sa.select(checkpoints)
+                .where((checkpoints.c.run_id == run_id) & (checkpoints.c.kind == "weights"))
+                .where(_alive())
+                .order_by(checkpoints.c.created.desc())
+            )
+            return [NameKey(row.run_id, row.kind, row.name) for row in rows]
+
+        for key in await self._catalog.read(query):
+            with suppress(RunError):
+                manifest_id = await self._call(self.store.resolve, key)
+                if manifest_id is None:
+                    continue
+                if (await self._call(self.store.verify, manifest_id)).ok:
+                    return key
+        return None
 
     async def sweep(self) -> SweepReport:
         """Sweep the store, and take what has expired out of the index."""

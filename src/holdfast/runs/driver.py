@@ -27,6 +27,8 @@ IDLE_BEFORE_SNAPSHOT = 10.0
 """Seconds without an operation after which what was done since the last snapshot is kept."""
 IDLE_BEFORE_EVICTION = 300.0
 """Seconds without an operation after which a run leaves the worker's memory."""
+MOST_STALLED = 600.0
+"""Seconds for which operations wait for a recovery that cannot go on, until they fail."""
 _BASE_MODEL_PAUSE = 5.0
 _MOST_ATTEMPTS = 3
 
@@ -39,24 +41,44 @@ class Driver:
         self._placement = Placement(str(run.key))
         self._publisher = Publisher(run, self._placement, samplers)
         self._recovery = Recovery(run, self._placement, self._publisher, self)
+        self._stalled_since: float | None = None
 
     async def drive(self) -> None:
         """Run until the run is closing or has ended."""
-        run, order = self._run, self._run.order
+        run = self._run
         while not run.closing and run.ended is None:
-            run.wake.clear()
-            due = order.next(time.monotonic())
-            # A save that was copied but not published when its worker died is taken again.
-            if not self._placement.held and order.any_unsettled_below(order.position + 1):
-                await self._attach_alone()
-            elif due is None:
-                run.note = None
-                await self._idle()
-            elif isinstance(due, Gap):
-                await self._wait_for(due)
-            else:
-                await self._take(due)
+            await self._step()
         await self._publisher.settled()
+        if run.ending and run.ended is None:
+            await self._finish_begun()
+            await self._publisher.settle_published()
+
+    async def _step(self) -> None:
+        run, order = self._run, self._run.order
+        run.wake.clear()
+        due = order.next(time.monotonic())
+        # A save that was copied but not published when its worker died is taken again.
+        if not self._placement.held and order.any_unsettled_below(order.position + 1):
+            await self._attach_alone()
+        elif due is None:
+            run.note = None
+            await self._idle()
+        elif isinstance(due, Gap):
+            await self._wait_for(due)
+        else:
+            await self._take(due)
+
+    async def _finish_begun(self) -> None:
+        """Take the saves again that were lost with a worker after their turn had come.
+
+        Later operations may be done, so that these are not pending: they were passed.
+        """
+        order = self._run.order
+        while self._run.ended is None and self._stalled_since is None:
+            if not order.any_unsettled_below(order.reached + 1):
+                return
+            await self._step()
+            await self._publisher.settled()
 
     async def park(self) -> None:
         """Keep what was done since the last snapshot, for a driver that has stopped."""
@@ -92,9 +114,16 @@ class Driver:
             entry = order[order.position + 1]
             await self._recovery.apply_late_marks()
             await self._recovery.redo(entry)
+            if self._recovery.given_up:
+                return False
             self._passed(entry)
         await self._recovery.apply_late_marks()
         return True
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a replay gave another result than the first time, so that the run ended."""
+        return self._recovery.diverged
 
     async def drop(self) -> None:
         """Take the state out of the worker's memory."""
@@ -146,8 +175,21 @@ class Driver:
     async def _attach_alone(self) -> None:
         try:
             await self._recovery.attach()
+            self._stalled_since = None
         except EngineError as error:
-            self._run.note = error.message
+            await self._stalled(error)
+
+    async def _stalled(self, error: EngineError) -> None:
+        """A recovery cannot go on for now. What is pending is told so after a while."""
+        run, now = self._run, time.monotonic()
+        run.log.error("recovery waits", error=error.message)
+        run.note = error.message
+        if self._stalled_since is None:
+            self._stalled_since = now
+        if now - self._stalled_since > MOST_STALLED:
+            await self._publisher.settle_published()
+            run.fail_pending(Failure(error.code, error.message, error.category))
+        if not run.closing:
             await asyncio.sleep(_BASE_MODEL_PAUSE)
 
     async def _take(self, entry: Entry) -> None:
@@ -157,29 +199,25 @@ class Driver:
             if not creating and not await self._recovery.attach():
                 return  # rewound: something else comes up now
             await self._recovery.apply_late_marks()
-            if entry.state is State.ACCEPTED:
-                order.begin(entry.seq)
+            self._stalled_since = None
+            if order.held:
+                return
+            order.begin(entry.seq)
+            if entry.state is State.RUNNING:
                 await self._execute(entry)
                 return
             await self._recovery.redo(entry)
-            self._passed(entry)
-            await self._recovery.passed()
+            if run.ended is None:
+                self._passed(entry)
+                await self._recovery.passed()
         except StateGone:  # it died before this operation, which comes up again
             self._placement.lost()
             if entry.state is State.RUNNING and entry.seq > order.position:
                 order.again(entry.seq)
         except WorkerDied:
             await self._worker_died(entry)
-        except EngineError as error:
-            # The base model cannot be loaded: nothing was executed.
-            if entry.state.settled:
-                run.log.error("recovery waits for the base model", error=error.message)
-                run.note = error.message
-                await asyncio.sleep(_BASE_MODEL_PAUSE)
-            else:
-                if entry.state is State.ACCEPTED:
-                    order.begin(entry.seq)
-                self._fail(entry, Failure(error.code, error.message, error.category))
+        except EngineError as error:  # of the recovery: the operation was not executed
+            await self._stalled(error)
 
     async def _execute(self, entry: Entry) -> None:
         run = self._run
@@ -217,8 +255,6 @@ class Driver:
             await self._publisher.snapshot(optimizer=optimizer)
         except WorkerDied:  # the operation itself is done
             self._placement.lost()
-        except EngineError as error:
-            self._run.log.warning("no snapshot", error=error.message)
 
     def _passed(self, entry: Entry) -> None:
         self._run.order.passed(entry.seq)
@@ -235,7 +271,7 @@ class Driver:
         run = self._run
         self._placement.lost()
         if entry.state.settled:
-            self._recovery.died()
+            await self._recovery.died()
             return
         if entry.state is not State.RUNNING:
             return  # it died at a mark, before the operation

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from holdfast.catalog.tables import operations, runs, snapshots
+from holdfast.catalog.tables import operations, runs, sessions, snapshots
 from holdfast.runs.bodies import MISSING
 from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
@@ -227,6 +227,7 @@ class Journaled:
 
     entry: Entry
     mark_at: int | None
+    accepted: float
 
 
 def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Journaled]:
@@ -242,6 +243,7 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
             operations.c.body_hash,
             operations.c.state,
             operations.c.mark_at,
+            operations.c.accepted,
         )
         .where(
             _of(key)
@@ -255,7 +257,9 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
     )
     return [
         Journaled(
-            Entry(r.seq, r.kind, r.body_hash, State(r.state), late=r.mark_at is not None), r.mark_at
+            Entry(r.seq, r.kind, r.body_hash, State(r.state), late=r.mark_at is not None),
+            r.mark_at,
+            r.accepted,
         )
         for r in rows
     ]
@@ -317,6 +321,22 @@ def recovery_points(connection: Connection, key: RunKey) -> list[tuple[int, str]
     return [(row.seq, row.manifest) for row in rows]
 
 
+def drop_snapshots(connection: Connection, key: RunKey, seqs: Iterable[int]) -> None:
+    """Forget recovery points that cannot be read, so that they displace none that can."""
+    mine = (snapshots.c.run_id == key.id) & (snapshots.c.generation == key.generation)
+    connection.execute(snapshots.delete().where(mine & snapshots.c.seq.in_(list(seqs))))
+
+
+def floor(connection: Connection, key: RunKey) -> int:
+    """The position up to which nothing is replayed any more: its bodies are gone.
+
+    That of the older recovery point; -1 while there is none older than the run's beginning.
+    """
+    points = recovery_points(connection, key)
+    first = connection.scalar(sa.select(operations.c.body).where(_at(key, 0)))
+    return points[-1][0] if points and first is None else -1
+
+
 def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: float) -> None:
     """Note that results were handed out: from then on they are kept for a while only."""
     connection.execute(
@@ -329,14 +349,35 @@ def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: 
 def close(connection: Connection, key: RunKey, *, now: float) -> None:
     """A run has ended and will not be replayed: its bodies and recovery points go.
 
-    Outcomes can be asked for a while longer, as if they had been handed out now.
+    Outcomes stay as long as the session lives, and a while longer, as if they had been handed out
+    when it ended.
     """
     mine = (snapshots.c.run_id == key.id) & (snapshots.c.generation == key.generation)
     connection.execute(snapshots.delete().where(mine))
+    connection.execute(operations.update().where(_of(key)).values(body=None))
+    ended = sa.select(runs.c.session_id).where(
+        (runs.c.id == key.id)
+        & (runs.c.generation == key.generation)
+        & (runs.c.session_id == sessions.c.id)
+        & sessions.c.ended.is_not(None)
+    )
     connection.execute(
         operations.update()
-        .where(_of(key))
-        .values(body=None, read=sa.func.coalesce(operations.c.read, now))
+        .where(_of(key) & operations.c.read.is_(None) & sa.exists(ended))
+        .values(read=now)
+    )
+
+
+def close_session(connection: Connection, session_id: str, *, now: float) -> None:
+    """A session has ended: nobody is expected to ask for the outcomes of its ended runs."""
+    mine = sa.exists().where(
+        (runs.c.id == operations.c.run_id)
+        & (runs.c.generation == operations.c.generation)
+        & (runs.c.session_id == session_id)
+        & (runs.c.state.not_in(("live", "lost")))
+    )
+    connection.execute(
+        operations.update().where(mine & operations.c.read.is_(None)).values(read=now)
     )
 
 

@@ -87,6 +87,8 @@ class Order:
         self._refused = False
         self._gap: tuple[int, float] | None = None
         self._late_marks: dict[int, list[int]] = {}
+        self._held = False
+        self._under_way: int | None = None
 
     def __contains__(self, seq: int) -> bool:
         return seq <= self._floor or seq in self._entries
@@ -106,6 +108,11 @@ class Order:
         Higher ones may be settled: those that were refused before their turn came.
         """
         return self._reached
+
+    @property
+    def replays_from_start(self) -> bool:
+        """Whether every operation from number 0 can be replayed."""
+        return self._floor < 0
 
     @property
     def unsettled(self) -> list[Entry]:
@@ -156,16 +163,28 @@ class Order:
         """A definite refusal was given: shortens the wait for gaps."""
         self._refused = True
 
-    def arrived_late(self, seq: int, kind: str, body_hash: str | None) -> int:
-        """Settle a skipped number's late request as failed.
+    def hold(self) -> int:
+        """Begin nothing more, until `go_on`: a late request is being journaled.
 
         Returns the position at which that takes effect: after what has been passed, also where
         that is still to be replayed, and after the operation under way.
         """
+        self._held = True
+        return self._reached + (self._under_way == self._reached + 1)
+
+    def go_on(self) -> None:
+        """The late request is journaled, or was not taken."""
+        self._held = False
+
+    @property
+    def held(self) -> bool:
+        """Whether the next operation may not begin yet."""
+        return self._held and self.position >= self._reached
+
+    def arrived_late(self, seq: int, kind: str, body_hash: str | None) -> None:
+        """Settle a skipped number's late request, which is journaled, as failed."""
+        assert self.was_skipped(seq)
         self._entries[seq] = Entry(seq, kind, body_hash, State.FAILED, late=True)
-        following = self._entries.get(self._reached + 1)
-        running = following is not None and following.state is State.RUNNING
-        return self._reached + running
 
     def add_late_mark(self, seq: int, position: int) -> None:
         """The late forward_backward `seq` marks the gradients once `position` is passed."""
@@ -179,6 +198,8 @@ class Order:
         """What comes up: an entry to execute or replay, a gap to wait for, or nothing yet."""
         seq = self.position + 1
         entry = self._entries.get(seq)
+        if self.held:
+            return None
         if entry is not None:
             self._gap = None
             return None if entry.state is State.RUNNING else entry
@@ -193,13 +214,16 @@ class Order:
         return Gap(seq, self._gap[1] + self._lease())
 
     def begin(self, seq: int) -> None:
-        """The entry that came up is being executed."""
-        assert seq == self.position + 1
-        self._entries[seq].state = State.RUNNING
+        """The entry that came up is being executed, or its effect brought about again."""
+        assert seq == self.position + 1 and not self.held
+        self._under_way = seq
+        if not self._entries[seq].state.settled:
+            self._entries[seq].state = State.RUNNING
 
     def passed(self, seq: int) -> None:
         """The entry's effect on the training state is complete."""
         assert seq == self.position + 1
+        self._under_way = None
         self.position = seq
         self._reached = max(self._reached, seq)
 
@@ -212,12 +236,14 @@ class Order:
 
     def again(self, seq: int) -> None:
         """The entry's execution was lost; it comes up again."""
+        self._under_way = None
         self._entries[seq].state = State.ACCEPTED
 
     def rewind(self, position: int) -> None:
         """The training state is that of `position` again; what follows comes up once more."""
         assert self._floor <= position <= self.position
         self.position = position
+        self._under_way = None
         self._gap = None
         for entry in self.unsettled:
             entry.state = State.ACCEPTED

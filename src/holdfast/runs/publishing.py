@@ -38,7 +38,11 @@ REPLAY_BOUND = 30.0
 """Seconds of compute after which a snapshot is taken."""
 SNAPSHOT_SHARE = 0.02
 """A snapshot may stall the run by this share of the compute since the last one."""
-
+MOST_SNAPSHOT_DEATHS = 3
+"""Deaths of the worker at snapshots in a row, after which none is taken for a while."""
+WITHOUT_SNAPSHOTS = 600.0
+"""Seconds for which a run then goes on without snapshots of its own accord."""
+_AFTER_FAILED_SNAPSHOT = 30.0
 
 _AnySave = Save | SaveExternal | SaveSampler
 
@@ -64,6 +68,14 @@ class _Copy:
     life: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """A save's checkpoint that is there already, and the save's outcome."""
+
+    manifest: str
+    outcome: Outcome
+
+
 class Publisher:
     """Publishes one run's states, one after the other and in the order they were copied.
 
@@ -77,6 +89,8 @@ class Publisher:
         self._samplers = samplers
         self._tail: asyncio.Task[None] | None = None
         self._copy_seconds = 0.0
+        self._snapshot_deaths = 0
+        self._no_snapshot_before = 0.0
         self.computed = 0.0
         """Seconds of compute since the last snapshot."""
         self.changed_at = -1
@@ -96,6 +110,8 @@ class Publisher:
         """Whether it is time for a snapshot."""
         if self._tail is not None and not self._tail.done():
             return False
+        if not self.allowed:
+            return False
         return self.computed >= min(REPLAY_BOUND, self._copy_seconds / SNAPSHOT_SHARE)
 
     @property
@@ -103,23 +119,51 @@ class Publisher:
         """Whether the state has changed since the last snapshot."""
         return self.changed_at > self.snapshot_at
 
+    @property
+    def allowed(self) -> bool:
+        """Whether snapshots may be taken, which they may not for a while when they kill workers."""
+        return time.monotonic() >= self._no_snapshot_before
+
     # --- Saves -------------------------------------------------------------------------------
 
     async def save(self, entry: Entry) -> None:
         """Copy the state for a save; the run goes on while it is written and published."""
         run = self._run
         save = _decode(entry, await run.body(entry.seq))
-        if save.name is not None:
-            key = _key(run, save, save.name)
-            made = await run.services.checkpoints.made_by(key, run.key.request_id(entry.seq))
-            if made is not None:  # published before a crash that came before its settling
-                run.order.passed(entry.seq)
-                run.settle(entry.seq, _saved(entry, key), target=made)
-                return
+        published = await self._published(entry, save)
+        if published is not None:
+            run.order.passed(entry.seq)
+            run.settle(entry.seq, published.outcome, target=published.manifest)
+            return
         copy = await self._capture(optimizer=isinstance(save, Save))
         run.order.passed(entry.seq)
         failpoints.reach("save.copied")
         self._publish_next(copy, self._finish_save(entry, save, copy))
+
+    async def settle_published(self) -> None:
+        """Settle as done the saves that are pending though their checkpoint is there.
+
+        They were published before a crash that came before their settling. For a run that ends:
+        what does not end executes them.
+        """
+        run = self._run
+        for entry in run.order.unsettled:
+            if entry.kind not in bodies.SAVES:
+                continue
+            save = _decode(entry, await run.body(entry.seq))
+            with suppress(RunError):  # a damaged name: the save fails, as what is pending does
+                published = await self._published(entry, save)
+                if published is not None:
+                    run.settle(entry.seq, published.outcome, target=published.manifest)
+
+    async def _published(self, entry: Entry, save: _AnySave) -> _Published | None:
+        """What a save has made before a crash."""
+        if save.name is None:
+            return None
+        key = _key(self._run, save, save.name)
+        request_id = self._run.key.request_id(entry.seq)
+        made = await self._run.services.checkpoints.made_by(key, request_id)
+        return None if made is None else _Published(made, _saved(entry, key))
 
     async def _finish_save(self, entry: Entry, save: _AnySave, copy: _Copy) -> None:
         run, info = self._run, copy.info
@@ -133,6 +177,7 @@ class Publisher:
                 raise
             failpoints.reach("save.written")
             self._check_turn(entry.seq)
+            await run.recorded()  # never ahead of the results that lead to it
             now = time.time()
             manifest = self.manifest(
                 captured,
@@ -179,10 +224,24 @@ class Publisher:
     # --- Snapshots ---------------------------------------------------------------------------
 
     async def snapshot(self, *, optimizer: bool = True) -> None:
-        """Take a recovery point at the current position."""
+        """Take a recovery point at the current position, if one can be had and is `allowed`.
+
+        Raises WorkerDied.
+        """
+        if not self.allowed:
+            return
         seq = self._run.order.position
         started = time.monotonic()
-        copy = await self._capture(optimizer=optimizer)
+        try:
+            copy = await self._capture(optimizer=optimizer)
+        except StateGone:
+            raise
+        except WorkerDied:
+            self._died_at_snapshot()
+            raise
+        except EngineError as error:
+            self._failed(seq, error)
+            return
         self._copy_seconds = time.monotonic() - started
         self.computed = 0.0
         failpoints.reach("snapshot.copied")
@@ -191,14 +250,19 @@ class Publisher:
     async def _finish_snapshot(self, seq: int, copy: _Copy) -> None:
         run, info = self._run, copy.info
         try:
-            captured = await copy.capture.written()
+            try:
+                captured = await copy.capture.written()
+            except WorkerDied:
+                self._died_at_snapshot()
+                raise
             failpoints.reach("snapshot.written")
             self._check_turn(seq)
             manifest_id = await self._publish(self.manifest(captured, info, seq))
             failpoints.reach("snapshot.published")
         except (EngineError, RunError) as error:
-            run.log.warning("no snapshot", seq=seq, error=error.message)
+            self._failed(seq, error)
             return
+        self._snapshot_deaths = 0
         # Never ahead of the results that lead to it.
         await run.recorded()
         kept: list[Kept] = []
@@ -207,6 +271,24 @@ class Publisher:
             lambda c: kept.append(journal.add_snapshot(c, run.key, seq, manifest_id, now=now))
         )
         await self._recorded(seq, kept, info)
+
+    def _failed(self, seq: int, error: EngineError | RunError) -> None:
+        self._run.log.warning("no snapshot", seq=seq, error=error.message)
+        self._no_snapshot_before = time.monotonic() + _AFTER_FAILED_SNAPSHOT
+
+    def _died_at_snapshot(self) -> None:
+        """The worker died while it took a snapshot. Each death costs all its runs a recovery."""
+        self._snapshot_deaths += 1
+        if self._snapshot_deaths >= MOST_SNAPSHOT_DEATHS:
+            self._no_snapshot_before = time.monotonic() + WITHOUT_SNAPSHOTS
+            self._run.log.error(
+                "snapshots kill the worker: this run goes on without, and a recovery replays "
+                "all it has done meanwhile",
+                deaths=self._snapshot_deaths,
+                seconds=WITHOUT_SNAPSHOTS,
+                position=self._run.order.position,
+                snapshot=self.snapshot_at,
+            )
 
     async def settle_with_snapshot(
         self, entry: Entry, outcome: Outcome, snapshot: str, target: str, info: BaseModelInfo

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Protocol
 
 from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load
+from holdfast.runs.engines import Host
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Record
 from holdfast.runs.order import Entry, State
@@ -22,6 +24,21 @@ MOST_DEATHS = 5
 
 CLEARING = frozenset({"incomplete_gradients", "gradient_not_finite"})
 """Failures of an optim_step that clear the gradients, hence change the state."""
+DAMAGE = frozenset(
+    {
+        "corrupt",
+        "corrupt_name",
+        "corrupt_manifest",
+        "corrupt_blob",
+        "missing",
+        "missing_manifest",
+        "missing_blob",
+        "missing_file",
+        "damaged_checkpoint",
+    }
+)
+"""Failures to read a checkpoint that stay. After any other one the same may work later: once there
+is memory, the disk answers, or the right base model is served."""
 BROKEN_OFF = frozenset({"out_of_memory", "internal"})
 """Failures of an optim_step that the engine did not foresee: it cleared the gradients, too."""
 
@@ -50,10 +67,17 @@ class Recovery:
         self._driver = driver
         self._to = -1
         self._deaths = 0
+        self.given_up = False
+        """The state cannot be brought back; the run has ended."""
+        self.diverged = False
+        """A replay gave another result than the first time."""
         self._marked: set[int] = set()
 
     async def attach(self) -> bool:
-        """Make sure that a worker holds the state. False when it was restored, and rewound."""
+        """Make sure that a worker holds the state. False when it was restored, and rewound.
+
+        Raises EngineError when that cannot be done now, and may be later.
+        """
         run = self._run
         assert run.info.config is not None
         host = run.services.engines[run.info.config.base_model]
@@ -68,9 +92,11 @@ class Recovery:
         run.note = "recovering"
         self._to = run.order.reached
         points = await run.services.catalog.read(lambda c: journal.recovery_points(c, run.key))
+        damaged: dict[int, str] = {}
         for seq, manifest_id in points:
             try:
                 manifest = await run.services.checkpoints.manifest(manifest_id)
+                self._publisher.numerics = dict(manifest.fingerprint)
                 async with host.computing() as (engine, life):
                     await engine.restore(
                         self._placement.key,
@@ -79,29 +105,36 @@ class Recovery:
                         optimizer=OPTIMIZER_STATE in manifest.files,
                     )
             except WorkerDied:
-                self.died()
+                await self.died()
                 return False
             except (RunError, EngineError) as error:
+                if error.code not in DAMAGE:
+                    raise _waiting(error) from error
                 run.log.error("snapshot not usable", seq=seq, error=error.message)
+                damaged[seq] = error.message
                 continue
-            run.order.rewind(seq)
-            self._publisher.snapshot_at = self._publisher.changed_at = seq
-            self._publisher.numerics = dict(manifest.fingerprint)
-            self._placement.put(host, life)
-            run.log.info("restored", position=seq, to=self._to)
-            if seq >= self._to:
-                self._deaths = 0
+            await self._restored(host, life, seq, damaged)
             return False
-        if points:
-            self._stop(
-                "state_lost",
-                f"none of the snapshots of run {run.key} can be read any more; create a new "
-                "client from its last checkpoint",
-            )
+        if run.order.replays_from_start:
+            # Nothing of it is lost as long as every body is there; no state is needed for that.
+            await self._restored(host, life, -1, damaged)
             return False
-        run.order.rewind(-1)
-        self._placement.put(host, life)
+        found = "; ".join(f"at position {seq}: {message}" for seq, message in damaged.items())
+        await self._stop(
+            "state_lost", f"none of the snapshots of run {run.key} can be read any more ({found})"
+        )
         return False
+
+    async def _restored(self, host: Host, life: int, seq: int, damaged: Collection[int]) -> None:
+        run = self._run
+        run.order.rewind(seq)
+        self._publisher.snapshot_at = self._publisher.changed_at = seq
+        self._placement.put(host, life)
+        run.log.info("restored", position=seq, to=self._to)
+        if seq >= self._to:
+            self._deaths = 0
+        if damaged:  # or else the next snapshot would take the place of an intact one
+            await run.write_patiently(lambda c: journal.drop_snapshots(c, run.key, damaged))
 
     async def redo(self, entry: Entry) -> None:
         """Bring a settled operation's effect about again."""
@@ -131,19 +164,22 @@ class Recovery:
                     result = await self._driver.compute(entry, record.body)
                 except EngineError as error:
                     self._run.log.error("replay failed", seq=entry.seq, error=error.message)
-                    self._diverged(entry)
+                    await self._diverged(entry)
                     return
                 self._publisher.computed += time.monotonic() - started
                 if journal.digest(result) != record.result_hash:
-                    self._diverged(entry)
+                    await self._diverged(entry)
 
     async def passed(self) -> None:
         """An operation was replayed. At the end of a recovery, keep what it has brought."""
         if self._run.order.position != self._to:
             return
-        if self._publisher.due or self._other_numerics:
-            await self._publisher.snapshot()
         self._deaths = 0
+        if self._publisher.due or self._other_numerics:
+            try:
+                await self._publisher.snapshot()
+            except WorkerDied:  # after the replay: none of its deaths
+                self._placement.lost()
 
     async def apply_late_marks(self) -> None:
         """Mark the gradients for forward_backwards that came after they had been skipped."""
@@ -158,20 +194,29 @@ class Recovery:
                 )
                 self._marked.add(seq)
 
-    def died(self) -> None:
+    async def died(self) -> None:
         """The worker died during a replay; after too many times the run stops."""
         self._deaths += 1
         if self._deaths >= MOST_DEATHS:
-            self._stop(
+            await self._stop(
                 "recovery_failed",
                 f"the worker died {self._deaths} times while run {self._run.key} was being "
-                "recovered; create a new client from its last checkpoint",
+                "recovered",
             )
 
     async def _reload(self, entry: Entry, body: Load | CreateFromState) -> None:
-        _, manifest = await loading.resolve(self._run, entry, body)
-        config = loading.check(self._run, manifest, body)
-        await self._driver.restore(manifest, config, body)
+        try:
+            _, manifest = await loading.resolve(self._run, entry, body)
+            config = loading.check(self._run, manifest, body)
+            await self._driver.restore(manifest, config, body)
+        except (RunError, EngineError) as error:
+            if error.code not in DAMAGE:
+                raise _waiting(error) from error
+            await self._stop(
+                "state_lost",
+                f"request {entry.seq} of run {self._run.key} loaded 'tinker://{body.key}' and "
+                f"cannot be repeated: {error.message}",
+            )
 
     async def _redo_failure(self, entry: Entry, record: Record) -> None:
         assert record.failure is not None
@@ -190,7 +235,7 @@ class Recovery:
                 await engine.mark_incomplete(self._placement.key, entry.seq, "it failed before")
             with suppress(EngineError):
                 await self._driver.compute(entry, record.body)
-                self._diverged(entry)
+                await self._diverged(entry)
 
     @property
     def _other_numerics(self) -> bool:
@@ -198,16 +243,31 @@ class Recovery:
         assert host is not None and host.info is not None
         return self._publisher.numerics != dict(host.info.fingerprint)
 
-    def _diverged(self, entry: Entry) -> None:
+    async def _diverged(self, entry: Entry) -> None:
         if self._other_numerics:
             self._run.log.warning("replay differs under other numerics", seq=entry.seq)
             return
-        self._stop(
+        self.diverged = True
+        await self._stop(
             "replay_diverged",
             f"replaying request {entry.seq} of run {self._run.key} gave another result than the "
-            "first time, on the same software and device: its state cannot be trusted. Create a "
-            "new client from its last checkpoint",
+            "first time, on the same software and device: its state cannot be trusted",
         )
 
-    def _stop(self, code: str, message: str) -> None:
-        self._run.end(Failure(code, message, "server"))
+    async def _stop(self, code: str, message: str) -> None:
+        """End the run, and say where to go on."""
+        run = self._run
+        self.given_up = True
+        await self._publisher.settle_published()
+        intact = await run.services.checkpoints.newest_intact(run.key.id)
+        advice = (
+            "none of its checkpoints is intact, if there are any"
+            if intact is None
+            else f"create a new client from its last intact checkpoint, 'tinker://{intact}'"
+        )
+        run.end(Failure(code, f"{message}; {advice}", "server"))
+
+
+def _waiting(error: RunError | EngineError) -> EngineError:
+    """An error that keeps a recovery waiting."""
+    return EngineError(error.code, error.message, error.category)

@@ -92,7 +92,9 @@ class Run:
         self.ended: Failure | None = None
         """Why the run takes no more operations."""
         self.closing = False
-        """Set when the run is to end: the driver stops after the operation under way."""
+        """Set when the driver is to stop after the operation under way."""
+        self.ending = False
+        """Set besides when that is the run's end: what was begun is finished."""
         self.note: str | None = None
         """What the run is busy with, for those who wait: recovering, waiting for a number, …"""
         self.log = _log.bind(run=str(key))
@@ -199,14 +201,17 @@ class Run:
     async def _accept_late(
         self, seq: int, kind: str, body_hash: str | None, failure: Failure
     ) -> None:
-        # The mark takes effect now, so its place is journaled whatever it takes.
-        position = self.order.arrived_late(seq, kind, body_hash)
-        if kind == FORWARD_BACKWARD:
-            self.order.add_late_mark(seq, position)
-        entry, now = self.order[seq], time.time()
-        await self.write_patiently(
-            lambda c: journal.add(c, self.key, entry, now=now, failure=failure, mark_at=position)
-        )
+        # Durable before it has an effect that anybody could see: nothing begins meanwhile.
+        position = self.order.hold()
+        try:
+            entry = Entry(seq, kind, body_hash, State.FAILED, late=True)
+            await self._journal(entry, failure=failure, mark_at=position)
+            self.order.arrived_late(seq, kind, body_hash)
+            if kind == FORWARD_BACKWARD:
+                self.order.add_late_mark(seq, position)
+        finally:
+            self.order.go_on()
+            self.wake.set()
 
     async def _journal(
         self,
@@ -214,6 +219,7 @@ class Run:
         *,
         body: bytes | None = None,
         failure: Failure | None = None,
+        mark_at: int | None = None,
         first: Callable[[Connection], object] | None = None,
     ) -> None:
         now = time.time()
@@ -230,6 +236,7 @@ class Run:
                 body=body,
                 failure=failure,
                 note_request=note,
+                mark_at=mark_at,
             )
 
         try:
@@ -409,21 +416,31 @@ class Run:
         """End the run because its first operation failed."""
         self.end(Failure("creation_failed", f"the run was not created: {failure.message}"))
 
-    async def finish(self, reason: Failure) -> None:
-        """End the run after the operation under way; those that are pending fail with `reason`."""
-        self.closing = True
+    async def finish(self, reason: Failure) -> bool:
+        """End the run after what has begun; operations that are pending fail with `reason`.
+
+        False when the server stops before that: its next start ends the run.
+        """
+        self.closing = self.ending = True
         self.wake.set()
         if self._driver is not None:
             await asyncio.wait([self._driver])
+            if self._driver.cancelled():
+                return False
         self.end(reason)
         await self.recorded()
+        return True
 
     def end(self, reason: Failure) -> None:
         """Take no more operations; those that are pending fail with `reason`."""
         if self.ended is None:
             self.ended = reason
+        self.fail_pending(self.ended)
+
+    def fail_pending(self, failure: Failure) -> None:
+        """Settle all that is unsettled as failed."""
         for entry in self.order.unsettled:
-            self.settle(entry.seq, Outcome(entry.kind, failure=self.ended))
+            self.settle(entry.seq, Outcome(entry.kind, failure=failure))
 
     async def stop(self, timeout: float) -> None:
         """Stop executing, without ending the run: a later start of the server goes on with it.

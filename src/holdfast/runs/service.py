@@ -125,6 +125,12 @@ class Runs:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(live.run.stop(timeout) for live in self._live.values()))
+        finishing = [live.finishing for live in self._live.values() if live.finishing is not None]
+        if finishing:  # the next start ends what is not ended by then
+            _, late = await asyncio.wait(finishing, timeout=timeout)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await asyncio.gather(*(live.driver.park() for live in self._live.values()))
@@ -184,6 +190,29 @@ class Runs:
         )
 
     async def _create(
+        self,
+        session: Session,
+        model_seq_id: int,
+        body: Body,
+        config: RunConfig | None,
+        user_metadata: dict[str, str] | None,
+        body_hash: str,
+        idempotency_key: str | None,
+    ) -> Run:
+        # A client that goes away meanwhile leaves no run that is journaled and not executed.
+        return await asyncio.shield(
+            self._create_whole(
+                session,
+                model_seq_id,
+                body,
+                config,
+                user_metadata,
+                body_hash,
+                idempotency_key,
+            )
+        )
+
+    async def _create_whole(
         self,
         session: Session,
         model_seq_id: int,
@@ -266,13 +295,13 @@ class Runs:
     async def _take_up(self, session: Session, record: RunRecord) -> None:
         key = record.key
         points = await self.catalog.read(lambda c: journal.recovery_points(c, key))
-        floor = points[-1][0] if points else -1
+        floor = await self.catalog.read(lambda c: journal.floor(c, key))
         order = Order(
             elixir=session.client == ELIXIR, floor=floor, position=points[0][0] if points else -1
         )
         found = list(await self.catalog.read(lambda c: journal.entries(c, key, above=floor)))
         order.read_back(item.entry for item in found)
-        for item in found:
+        for item in sorted(found, key=lambda item: item.accepted):  # the first mark stays
             if item.mark_at is not None and item.entry.kind == bodies.FORWARD_BACKWARD:
                 order.add_late_mark(item.entry.seq, item.mark_at)
         info = RunInfo(record.session_id, record.owner, record.config, record.user_metadata)
@@ -388,15 +417,16 @@ class Runs:
 
     async def end_session(self, session_id: str, reason: str, detail: str | None = None) -> None:
         """End a session: its runs keep their last state a while, its samplers go. Idempotent."""
-        if not await self.sessions.end(session_id, reason, detail):
-            return
-        self._background(self._close_session(session_id, reason))
+        await asyncio.shield(self._end_session(session_id, reason, detail))
+
+    async def _end_session(self, session_id: str, reason: str, detail: str | None) -> None:
+        if await self.sessions.end(session_id, reason, detail):
+            self._background(self._close_session(session_id, reason))
 
     async def _close_session(self, session_id: str, reason: str) -> None:
         failure = Failure("session_ended", f"session {session_id!r} has ended ({reason})")
         mine = [x for x in self._live.values() if x.run.info.session_id == session_id]
-        for live in mine:
-            await self._finish(live, failure, "unloaded")
+        await asyncio.gather(*(self._finish(live, failure, "unloaded") for live in mine))
         await self.samplers.end_session(session_id)
 
     async def _finish(self, live: _Live, reason: Failure, state: str) -> None:
@@ -407,7 +437,8 @@ class Runs:
 
     async def _finish_once(self, live: _Live, reason: Failure, state: str) -> None:
         run, driver = live.run, live.driver
-        await run.finish(reason)
+        if not await run.finish(reason):
+            return
         kept = state != "lost"
         if state == "unloaded":
             try:
@@ -420,7 +451,7 @@ class Runs:
         values = {
             "state": state,
             "state_detail": reason.message,
-            "corrupted": reason.code == "replay_diverged",
+            "corrupted": driver.diverged,
         }
         await run.write_patiently(
             lambda c: c.execute(runs.update().where(_is(run.key)).values(values))

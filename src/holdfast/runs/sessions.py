@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import runs, samplers, sessions
+from holdfast.runs import journal
 from holdfast.runs.errors import RunError, not_found
 
 
@@ -146,6 +147,7 @@ class Sessions:
                 .where((sessions.c.id == session_id) & sessions.c.ended.is_(None))
                 .values(ended=time.time(), end_reason=reason, end_detail=detail)
             )
+            journal.close_session(connection, session_id, now=time.time())
             return done.rowcount > 0
 
         self._seen.pop(session_id, None)

@@ -42,56 +42,63 @@ from holdfast.store import Manifest, NameKey
 
 router = APIRouter()
 
+_AnySaveRequest = SaveWeightsRequest | SaveWeightsForSamplerRequest | SaveWeightsExternalRequest
+_AnySave = bodies.Save | bodies.SaveSampler | bodies.SaveExternal
+
 Segment = Annotated[str, Path(pattern="^(weights|sampler_weights|external_weights)$")]
 ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
 
+async def _submit_save(
+    runs: RunsDep, owner: str, asked: _AnySaveRequest, save: _AnySave
+) -> dict[str, Any]:
+    """Submit a save. Its lifetime and its name are checked where a refusal settles the number."""
+
+    def encoded() -> bytes:
+        check_ttl(save.ttl_seconds)
+        if save.name is not None:
+            check_user_name(save.name)
+        if isinstance(asked, SaveWeightsExternalRequest) and asked.age_encryption_recipients:
+            raise RunError(
+                "encryption_not_supported",
+                "age_encryption_recipients is set; this server does not encrypt checkpoints. Save "
+                "without it, and encrypt the files that you download",
+            )
+        return save.encode()
+
+    return await submit(runs, owner, asked.model_id, asked.seq_id, save.kind, encoded)
+
+
 @router.post("/save_weights")
 async def save_weights(body: SaveWeightsRequest, owner: OwnerDep, runs: RunsDep) -> dict[str, Any]:
-    def encoded() -> bytes:
-        check_ttl(body.ttl_seconds)
-        return bodies.Save(
-            name=check_user_name(body.path),
-            ttl_seconds=body.ttl_seconds,
-            overwrite=body.overwrite,
-            user_metadata=body.user_metadata,
-        ).encode()
-
-    return await submit(runs, owner, body.model_id, body.seq_id, bodies.SAVE_WEIGHTS, encoded)
+    save = bodies.Save(
+        name=body.path,
+        ttl_seconds=body.ttl_seconds,
+        overwrite=body.overwrite,
+        user_metadata=body.user_metadata,
+    )
+    return await _submit_save(runs, owner, body, save)
 
 
 @router.post("/save_weights_for_sampler")
 async def save_weights_for_sampler(
     body: SaveWeightsForSamplerRequest, owner: OwnerDep, runs: RunsDep
 ) -> dict[str, Any]:
-    def encoded() -> bytes:
-        check_ttl(body.ttl_seconds)
-        return bodies.SaveSampler(
-            name=None if body.path is None else check_user_name(body.path),
-            sampling_session_seq_id=body.sampling_session_seq_id,
-            ttl_seconds=body.ttl_seconds,
-            user_metadata=body.user_metadata,
-        ).encode()
-
-    return await submit(runs, owner, body.model_id, body.seq_id, bodies.SAVE_SAMPLER, encoded)
+    save = bodies.SaveSampler(
+        name=body.path,
+        sampling_session_seq_id=body.sampling_session_seq_id,
+        ttl_seconds=body.ttl_seconds,
+        user_metadata=body.user_metadata,
+    )
+    return await _submit_save(runs, owner, body, save)
 
 
 @router.post("/save_weights_external")
 async def save_weights_external(
     body: SaveWeightsExternalRequest, owner: OwnerDep, runs: RunsDep
 ) -> dict[str, Any]:
-    def encoded() -> bytes:
-        check_ttl(body.ttl_seconds)
-        if body.age_encryption_recipients:
-            raise RunError(
-                "encryption_not_supported",
-                "age_encryption_recipients is set; this server does not encrypt checkpoints. Save "
-                "without it, and encrypt the files that you download",
-            )
-        name = check_user_name(body.path)
-        return bodies.SaveExternal(name=name, ttl_seconds=body.ttl_seconds).encode()
-
-    return await submit(runs, owner, body.model_id, body.seq_id, bodies.SAVE_EXTERNAL, encoded)
+    save = bodies.SaveExternal(name=body.path, ttl_seconds=body.ttl_seconds)
+    return await _submit_save(runs, owner, body, save)
 
 
 @router.post("/load_weights")

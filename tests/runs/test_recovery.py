@@ -1,0 +1,330 @@
+"""What a run is rebuilt from when something of it is damaged or late, and how it ends meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from holdfast.catalog.tables import operations, snapshots
+from holdfast.engine.interface import ADAPTER_WEIGHTS
+from holdfast.runs import bodies, journal
+from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
+from holdfast.runs.driver import Driver
+from holdfast.runs.errors import RunError
+from holdfast.runs.order import Entry, State
+from holdfast.runs.publishing import MOST_SNAPSHOT_DEATHS, Publisher
+from holdfast.runs.run import Run
+from holdfast.store import NameKey
+
+from .model import Op
+from .test_service import OWNER, Clients, steps
+from .toy import NAME, batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+
+@pytest.fixture
+def clients() -> Iterator[Clients]:
+    clients = Clients()
+    clients.begin(seed=1, client="python")
+    yield clients
+    clients.close()
+
+
+def train(clients: Clients, x: int) -> None:
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(x))
+    clients._submit(run, OPTIM_STEP, steps())
+
+
+def save(clients: Clients, name: str) -> None:
+    clients._submit(clients.all[0], bodies.SAVE_WEIGHTS, Save(name))
+
+
+def check_all(clients: Clients) -> None:
+    clients.all_end()
+    clients._check_checkpoints()
+    clients._check_logs()
+
+
+# --- A run's end ----------------------------------------------------------------------------
+
+
+def end_in_the_middle_of_saves(clients: Clients, point: int, *, worker: bool) -> bool:
+    """End a session after a death at that point, while saves are under way; whether it came."""
+    clients.begin(seed=1, client="python")
+    world, (run,) = clients._world, clients.all
+    train(clients, 1)
+    clients.all_end()
+    save(clients, "a")
+    if worker:
+        world.die_in = point
+        train(clients, 2)
+    else:
+        world.kill_at = frozenset(("commit", "committed"))
+        world.kill_in = point
+    world.let(0.1)
+    reached = world.die_in is None and world.kill_in is None
+    world.kill_in = world.die_in = None
+    run.ending = "session_ended"
+    session = clients.sessions.pop()
+    clients._do(lambda: world.runs.end_session(session.id, "success"))
+    world.let(1.0)
+    check_all(clients)
+    return reached
+
+
+def end_after_every_death(*, worker: bool) -> int:
+    point = 0
+    while True:
+        clients = Clients()
+        try:
+            if not end_in_the_middle_of_saves(clients, point, worker=worker):
+                return point
+        finally:
+            clients.close()
+        point += 1
+
+
+@pytest.mark.parametrize("worker", [False, True])
+def test_saves_that_a_death_overtook_are_done_also_when_the_session_ends_then(worker: bool) -> None:
+    assert end_after_every_death(worker=worker) > 5
+
+
+def leave_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def settle_published(_: Publisher) -> None:
+        pass
+
+    monkeypatch.setattr(Publisher, "settle_published", settle_published)
+
+
+def leave_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def finish_begun(_: Driver) -> None:
+        pass
+
+    monkeypatch.setattr(Driver, "_finish_begun", finish_begun)
+
+
+@pytest.mark.parametrize(("plant", "worker"), [(leave_published, False), (leave_begun, True)])
+def test_saves_that_the_end_overtakes_are_found(
+    plant: Callable[[pytest.MonkeyPatch], None], worker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        end_after_every_death(worker=worker)
+
+
+# --- Late requests --------------------------------------------------------------------------
+
+
+def come_late_while_the_database_is_locked(clients: Clients, seed: int, point: int) -> None:
+    clients.begin(seed=seed, client="elixir")
+    world, (run,) = clients._world, clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1), seq=2)
+    clients.all_end()
+    clients._submit(run, FORWARD_BACKWARD, batch(2))
+    clients._submit(run, OPTIM_STEP, steps())
+    clients._submit(run, FORWARD_BACKWARD, batch(3))
+    world.refuse_commits = 1
+    world.kill_at = frozenset(("committed",))
+    world.kill_in = point
+    clients._submit(run, FORWARD_BACKWARD, batch(4), seq=1)
+    world.let(0.02)
+    clients._submit(run, OPTIM_STEP, steps())
+    clients.all_end()
+    clients._check_logs()
+
+
+def test_a_late_request_has_no_effect_before_it_is_durable() -> None:
+    for seed in (7, 8):  # slow operations, so that it comes while one is executed
+        for point in range(3):
+            clients = Clients()
+            try:
+                come_late_while_the_database_is_locked(clients, seed, point)
+            finally:
+                clients.close()
+
+
+def test_an_effect_ahead_of_its_row_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def accept_late(
+        run: Run, seq: int, kind: str, body_hash: str | None, failure: journal.Failure
+    ) -> None:
+        position = run.order.hold()
+        run.order.go_on()
+        run.order.arrived_late(seq, kind, body_hash)
+        run.order.add_late_mark(seq, position)
+        entry = Entry(seq, kind, body_hash, State.FAILED, late=True)
+        await asyncio.sleep(1.0)  # a database that was locked for a while
+        await run.write_patiently(
+            lambda c: journal.add(c, run.key, entry, now=0.0, failure=failure, mark_at=position)
+        )
+
+    monkeypatch.setattr(Run, "_accept_late", accept_late)
+    with pytest.raises((AssertionError, RunError)):
+        test_a_late_request_has_no_effect_before_it_is_durable()
+
+
+# --- Damage ---------------------------------------------------------------------------------
+
+
+def points(clients: Clients) -> list[tuple[int, str]]:
+    with clients._world.catalog._engine.connect() as connection:
+        rows = connection.execute(sa.select(snapshots).order_by(snapshots.c.seq.desc())).all()
+    return [(row.seq, row.manifest) for row in rows]
+
+
+def damage(clients: Clients, manifest_id: str) -> None:
+    """Change a byte of the weights that a manifest names."""
+    manifest = clients._world.store.read_manifest(manifest_id)
+    (path,) = clients._world.root.rglob(manifest.files[ADAPTER_WEIGHTS].hash)
+    path.chmod(0o600)
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_run_whose_only_snapshot_is_damaged_is_replayed_from_its_beginning(
+    clients: Clients, restart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)  # too little to snapshot, yet
+    train(clients, 1)
+    clients.all_end()
+    ((seq, manifest_id),) = points(clients)
+    assert seq == 0
+    damage(clients, manifest_id)
+    if restart:
+        clients.kill()
+    else:
+        clients.kill_the_worker()
+    train(clients, 2)
+    clients.all_end()
+    check_all(clients)
+
+
+def test_a_damaged_snapshot_does_not_displace_an_intact_one(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    for x in range(3):
+        train(clients, x)
+        clients.all_end()
+        clients._world.let(30.0)  # idle: a snapshot
+    (newest, manifest_id), (older, _) = points(clients)
+    damage(clients, manifest_id)
+    clients.kill()
+    train(clients, 4)
+    clients.all_end()
+    clients._world.let(30.0)
+    (last, manifest_id), (kept, _) = points(clients)
+    assert last > newest and kept == older
+    damage(clients, manifest_id)
+    clients.kill()
+    train(clients, 5)
+    check_all(clients)
+
+
+def test_a_run_that_cannot_be_rebuilt_says_what_is_damaged_and_where_to_go_on(
+    clients: Clients,
+) -> None:
+    save(clients, "oldest")
+    for x, name in enumerate(("newer", "newest")):
+        train(clients, x)
+        save(clients, name)
+    clients.all_end()
+    for _, manifest_id in points(clients):
+        damage(clients, manifest_id)
+    clients.kill()
+    (run,) = clients.all
+    clients._submit(run, OPTIM_STEP, steps())
+    outcome, _ = clients._poll(run.ops[run.highest], 60.0)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == "state_lost"
+    assert "position 7: weights" in outcome.failure.message
+    assert f"tinker://{run.id}/weights/newer" in outcome.failure.message
+
+
+def test_a_load_that_cannot_be_repeated_says_what_it_loaded(clients: Clients) -> None:
+    (run,) = clients.all
+    save(clients, "a")
+    train(clients, 1)
+    save(clients, "b")
+    train(clients, 2)
+    clients._submit(run, bodies.LOAD_WEIGHTS, Load(run.id, "weights", "a", True, [OWNER]))
+    clients.all_end()
+    loaded = clients._world.store.resolve(NameKey(run.id, "weights", "a"))
+    assert loaded is not None
+    damage(clients, loaded)
+    clients.kill()
+    clients._submit(run, OPTIM_STEP, steps())
+    outcome, _ = clients._poll(run.ops[run.highest], 60.0)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == "state_lost"
+    assert f"loaded 'tinker://{run.id}/weights/a'" in outcome.failure.message
+    assert f"checkpoint, 'tinker://{run.id}/weights/b'" in outcome.failure.message
+    clients._check_logs()
+
+
+# --- Workers that die at snapshots ----------------------------------------------------------
+
+
+def test_a_worker_that_dies_at_every_snapshot_is_given_no_more_of_them(clients: Clients) -> None:
+    clients.all_end()
+    world, (run,) = clients._world, clients.all
+    world.deadly = frozenset(("write",))
+    lives = len(world.lives)
+    for x in range(12):
+        train(clients, x)
+        clients.all_end()
+        world.let(20.0)  # idle: a snapshot is taken, and the worker dies
+    assert len(world.lives) - lives == MOST_SNAPSHOT_DEATHS
+    assert [e for e in clients.events if "snapshots kill the worker" in e["event"]]
+    save(clients, "a")
+    (op,) = [op for op in run.ops.values() if op.kind == bodies.SAVE_WEIGHTS]
+    outcome, _ = clients._poll(op, 60.0)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == "operation_kills_worker"
+    assert bodies.SAVE_WEIGHTS in outcome.failure.message
+    world.deadly = frozenset()
+    world.let(1000.0)
+    train(clients, 13)
+    world.let(20.0)
+    assert points(clients)[0][0] == run.highest
+
+
+# --- Clients that go away -------------------------------------------------------------------
+
+
+def test_a_model_whose_client_goes_away_is_created_whole_or_not_at_all(clients: Clients) -> None:
+    runs, session = clients._world.runs, clients.sessions[0]
+    for turns in range(12):
+
+        async def leave(number: int = 100 + turns, turns: int = turns) -> None:
+            creating = asyncio.create_task(
+                runs.create(
+                    session,
+                    number,
+                    base_model=NAME,
+                    lora={"rank": 1, "seed": 1},
+                    optimizer="adamw",
+                    user_metadata=None,
+                    idempotency_key=None,
+                )
+            )
+            for _ in range(turns):
+                await asyncio.sleep(0.001)
+            creating.cancel()
+            await asyncio.wait([creating])
+
+        clients._do(leave)
+    clients._world.let(1.0)
+    with clients._world.catalog._engine.connect() as connection:
+        journaled = connection.scalars(sa.select(operations.c.run_id).where(operations.c.seq == 0))
+        created = [Op(0, bodies.CREATE, b"", request_id=f"{id}:0") for id in journaled]
+    assert len(created) > 3
+    for op in created:
+        outcome, _ = clients._poll(op, 5.0)
+        assert outcome is not None and outcome.failure is None
+    with pytest.raises(RunError):
+        clients._do(lambda: runs.live(f"{session.id}:train:999", OWNER))
