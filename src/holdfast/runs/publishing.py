@@ -37,7 +37,7 @@ from holdfast.store.model import CheckpointKind
 REPLAY_BOUND = 30.0
 """Seconds of compute after which a snapshot is taken."""
 SNAPSHOT_SHARE = 0.02
-"""A snapshot may stall the run by this share of the compute since the last one."""
+"""A snapshot takes, from copy to record, at most this share of the compute since the last one."""
 MOST_SNAPSHOT_DEATHS = 3
 """Deaths of the worker at snapshots in a row, after which none is taken for a while."""
 WITHOUT_SNAPSHOTS = 600.0
@@ -88,11 +88,11 @@ class Publisher:
         self._placement = placement
         self._samplers = samplers
         self._tail: asyncio.Task[None] | None = None
-        self._copy_seconds = 0.0
+        self._cost = 0.0
         self._snapshot_deaths = 0
         self._no_snapshot_before = 0.0
         self.computed = 0.0
-        """Seconds of compute since the last snapshot."""
+        """Seconds of compute since the last copy for a recovery point."""
         self.changed_at = -1
         """The last position that changed the state."""
         self.snapshot_at = -1
@@ -112,7 +112,7 @@ class Publisher:
             return False
         if not self.allowed:
             return False
-        return self.computed >= min(REPLAY_BOUND, self._copy_seconds / SNAPSHOT_SHARE)
+        return self.computed >= min(REPLAY_BOUND, self._cost / SNAPSHOT_SHARE)
 
     @property
     def behind(self) -> bool:
@@ -136,9 +136,12 @@ class Publisher:
             run.settle(entry.seq, published.outcome, target=published.manifest)
             return
         copy = await self._capture(optimizer=isinstance(save, Save))
+        covered = 0.0
+        if isinstance(save, Save):  # becomes a recovery point
+            covered, self.computed = self.computed, 0.0
         run.order.passed(entry.seq)
         failpoints.reach("save.copied")
-        self._publish_next(copy, self._finish_save(entry, save, copy))
+        self._publish_next(copy, self._finish_save(entry, save, copy, covered))
 
     async def settle_published(self) -> None:
         """Settle as done the saves that are pending though their checkpoint is there.
@@ -165,7 +168,7 @@ class Publisher:
         made = await self._run.services.checkpoints.made_by(key, request_id)
         return None if made is None else _Published(made, _saved(entry, key))
 
-    async def _finish_save(self, entry: Entry, save: _AnySave, copy: _Copy) -> None:
+    async def _finish_save(self, entry: Entry, save: _AnySave, copy: _Copy, covered: float) -> None:
         run, info = self._run, copy.info
         try:
             try:
@@ -203,6 +206,7 @@ class Publisher:
             else:
                 await run.settle(entry.seq, outcome, target=manifest_id)
         except (EngineError, RunError) as error:
+            self.computed += covered
             failure = Failure(error.code, error.message, error.category)
             await run.settle(entry.seq, Outcome(entry.kind, failure=failure))
 
@@ -242,12 +246,11 @@ class Publisher:
         except EngineError as error:
             self._failed(seq, error)
             return
-        self._copy_seconds = time.monotonic() - started
         self.computed = 0.0
         failpoints.reach("snapshot.copied")
-        self._publish_next(copy, self._finish_snapshot(seq, copy))
+        self._publish_next(copy, self._finish_snapshot(seq, copy, started))
 
-    async def _finish_snapshot(self, seq: int, copy: _Copy) -> None:
+    async def _finish_snapshot(self, seq: int, copy: _Copy, started: float) -> None:
         run, info = self._run, copy.info
         try:
             try:
@@ -271,6 +274,8 @@ class Publisher:
             lambda c: kept.append(journal.add_snapshot(c, run.key, seq, manifest_id, now=now))
         )
         await self._recorded(seq, kept, info)
+        # Not the copy alone: what follows it takes processors and disk from the training.
+        self._cost = time.monotonic() - started
 
     def _failed(self, seq: int, error: EngineError | RunError) -> None:
         self._run.log.warning("no snapshot", seq=seq, error=error.message)
