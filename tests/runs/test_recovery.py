@@ -242,7 +242,7 @@ def test_a_run_that_cannot_be_rebuilt_says_what_is_damaged_and_where_to_go_on(
     assert outcome is not None and outcome.failure is not None
     assert outcome.failure.code == "state_lost"
     assert "position 7: weights" in outcome.failure.message
-    assert f"tinker://{run.id}/weights/newer" in outcome.failure.message
+    assert f"tinker://{run.id}/weights/oldest" in outcome.failure.message
 
 
 def test_a_load_that_cannot_be_repeated_says_what_it_loaded(clients: Clients) -> None:
