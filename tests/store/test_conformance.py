@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from holdfast.store import (
     NameKey,
     NameTaken,
     NotAStore,
+    ObjectStore,
+    Store,
     UnsupportedFormat,
     open_store,
 )
@@ -28,24 +31,38 @@ from holdfast.store.records import file_name
 from tests.store.crash import Disk, Process
 from tests.store.model import Clock, open_on
 from tests.store.samples import WEIGHTS, key_of, manifest_of
+from tests.store.storage import MemoryObjects, Storage
 
 
-@pytest.fixture(params=["local disk", "crashing disk"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalStore]:
-    """A store of each kind: the same is asked of all."""
+@pytest.fixture(params=["local disk", "crashing disk", "storage in memory", "S3 server"])
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Store, Store]]:
+    """Two processes' ways to a store of each kind: the same is asked of all."""
+    opened: Callable[[], Store]
     if request.param == "local disk":
-        store = LocalStore(tmp_path / "store")
+        opened = partial(LocalStore, tmp_path / "store")
+    elif request.param == "crashing disk":
+        disk = Disk()
+        opened = lambda: open_on(Process(disk), Clock())  # noqa: E731
+    elif request.param == "storage in memory":
+        storage = Storage()
+        opened = lambda: ObjectStore(MemoryObjects(storage))  # noqa: E731
     else:
-        store = open_on(Process(Disk()), Clock())
-    with store:
-        yield store
+        server = request.getfixturevalue("s3")
+        opened = partial(open_store, f"s3://{server.bucket()}/some/prefix")
+    with opened() as one, opened() as other:
+        yield one, other
 
 
-def made(store: LocalStore, content: bytes = b"weights", **changes: object) -> Manifest:
+@pytest.fixture
+def store(stores: tuple[Store, Store]) -> Store:
+    return stores[0]
+
+
+def made(store: Store, content: bytes = b"weights", **changes: object) -> Manifest:
     return manifest_of({WEIGHTS: store.put_blob([content])}, **changes)
 
 
-def test_what_was_put_is_read_back_in_full(store: LocalStore) -> None:
+def test_what_was_put_is_read_back_in_full(store: Store) -> None:
     parts: list[bytes | memoryview] = [b"a" * 3, memoryview(b"b" * 5_000_000), b""]
     blob = store.put_blob(parts)
     assert blob.size == 5_000_003
@@ -58,7 +75,7 @@ def test_what_was_put_is_read_back_in_full(store: LocalStore) -> None:
         store.read_blob_into(blob, memoryview(bytearray(3)), what="x")
 
 
-def test_a_missing_blob_is_named(store: LocalStore) -> None:
+def test_a_missing_blob_is_named(store: Store) -> None:
     blob = Blob("0" * 64, 3)
     assert not store.has_blob(blob)
     with pytest.raises(MissingBlob, match=r"weights of final is missing.*0000"):
@@ -91,7 +108,7 @@ def test_a_manifest_is_published_only_over_whole_blobs(tmp_path: Path) -> None:
         store.read_manifest(manifest.id)
 
 
-def test_a_name_is_set_once_unless_replaced(store: LocalStore) -> None:
+def test_a_name_is_set_once_unless_replaced(store: Store) -> None:
     first, second = made(store, b"1"), made(store, b"2")
     key = key_of(first)
     assert store.resolve(key) is None
@@ -109,7 +126,7 @@ def test_a_name_is_set_once_unless_replaced(store: LocalStore) -> None:
     assert store.resolve(key) is None
 
 
-def test_a_name_points_only_to_its_own_manifest(store: LocalStore) -> None:
+def test_a_name_points_only_to_its_own_manifest(store: Store) -> None:
     manifest = made(store)
     store.publish(manifest)
     with pytest.raises(InvalidValue, match="not other/weights/final"):
@@ -122,7 +139,7 @@ def test_a_name_points_only_to_its_own_manifest(store: LocalStore) -> None:
         store.set_name(key_of(manifest), "0" * 64)
 
 
-def test_names_are_listed_by_run(store: LocalStore) -> None:
+def test_names_are_listed_by_run(store: Store) -> None:
     keys = []
     for run in ("a", "a:1", "ab"):
         manifest = made(store, run=run)
@@ -132,14 +149,14 @@ def test_names_are_listed_by_run(store: LocalStore) -> None:
     assert [key for key, _ in store.names("a")] == [keys[0]]
 
 
-def test_the_same_name_may_exist_in_each_kind_and_case(store: LocalStore) -> None:
+def test_the_same_name_may_exist_in_each_kind_and_case(store: Store) -> None:
     for kind, name in (("training", "A"), ("training", "a"), ("sampler", "a")):
         manifest = made(store, kind=kind, name=name)
         store.set_name(key_of(manifest), store.publish(manifest))
     assert len(list(store.names())) == 3
 
 
-def test_unnamed_manifests_stay_until_discarded(store: LocalStore) -> None:
+def test_unnamed_manifests_stay_until_discarded(store: Store) -> None:
     one, other = made(store, name=None), made(store, name=None, run="other")
     for manifest in (one, other):
         store.publish(manifest)
@@ -151,7 +168,7 @@ def test_unnamed_manifests_stay_until_discarded(store: LocalStore) -> None:
     assert list(store.unnamed()) == [(other.id, other)]
 
 
-def test_amending_moves_the_name_to_a_changed_copy(store: LocalStore) -> None:
+def test_amending_moves_the_name_to_a_changed_copy(store: Store) -> None:
     manifest = made(store)
     key = key_of(manifest)
     store.set_name(key, store.publish(manifest))
@@ -177,38 +194,68 @@ def test_another_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["letters"]
 
 
-class Busy(LocalStore):
-    """Something else happens to the name while it is amended."""
+def while_publishing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]
+) -> None:
+    """Something else happens once, before the next publication returns."""
+    publish = store.publish
 
-    meanwhile: Callable[[], object] = staticmethod(lambda: None)
-
-    def publish(self, manifest: Manifest) -> str:
-        manifest_id = super().publish(manifest)
-        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+    def busy(manifest: Manifest) -> str:
+        manifest_id = publish(manifest)
+        monkeypatch.undo()
         meanwhile()
         return manifest_id
 
+    monkeypatch.setattr(store, "publish", busy)
 
-def test_amending_does_not_bring_back_what_is_deleted_meanwhile(tmp_path: Path) -> None:
-    store = Busy(tmp_path / "store")
+
+def test_amending_does_not_bring_back_what_is_deleted_meanwhile(
+    stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = stores
     manifest = made(store)
     key = key_of(manifest)
     store.set_name(key, store.publish(manifest))
-    store.meanwhile = lambda: store.delete_name(key)
-    with pytest.raises(MissingName, match="there is no checkpoint 3f0c:train:0/weights/final"):
-        store.amend(key, public=True)
+    with monkeypatch.context() as patch:
+        while_publishing(store, patch, lambda: other.delete_name(key))
+        with pytest.raises(MissingName, match="there is no checkpoint 3f0c:train:0/weights/final"):
+            store.amend(key, public=True)
     assert store.resolve(key) is None
 
 
-def test_amending_applies_to_what_is_saved_over_it_meanwhile(tmp_path: Path) -> None:
-    store, other = Busy(tmp_path / "store"), LocalStore(tmp_path / "store")
+def test_amending_applies_to_what_is_saved_over_it_meanwhile(
+    stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = stores
     old, new = made(store, b"old"), made(store, b"new")
     key = key_of(old)
     store.set_name(key, store.publish(old))
-    store.meanwhile = lambda: other.set_name(key, other.publish(new), replace=True)
-    assert store.read_manifest(store.amend(key, public=True)) == dataclasses.replace(
-        new, public=True
-    )
+    with monkeypatch.context() as patch:
+        while_publishing(
+            store, patch, lambda: other.set_name(key, other.publish(new), replace=True)
+        )
+        amended = store.amend(key, public=True)
+    assert store.read_manifest(amended) == dataclasses.replace(new, public=True)
+
+
+def test_a_pinned_manifest_can_be_read(store: Store) -> None:
+    manifest = made(store)
+    store.publish(manifest)
+    with store.pin(manifest.id) as pinned:
+        assert pinned == manifest
+    with pytest.raises(MissingManifest), store.pin("0" * 64):
+        pass
+
+
+def test_everything_is_verified(store: Store) -> None:
+    manifest = made(store)
+    store.set_name(key_of(manifest), store.publish(manifest))
+    store.publish(made(store, b"other", name=None))
+    store.put_blob([b"nobody's"])
+    report = store.verify()
+    assert report.ok
+    assert (report.manifests, report.blobs, report.size) == (2, 3, 20)
+    assert store.verify(manifest.id).blobs == 1
 
 
 def test_a_damaged_name_is_replaced_or_deleted_only_when_asked_to(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,14 +34,20 @@ from holdfast.store import (
     MissingName,
     NameKey,
     NameTaken,
+    ObjectStore,
     Store,
 )
+from holdfast.store.aging import LONG
+from holdfast.store.bucket import content_of
 from holdfast.store.local import LocalStore
 from holdfast.store.model import content_hash
-from holdfast.store.sweep import LONG
+from holdfast.store.objects import Objects
+from holdfast.store.remote import connect
 from tests.store.crash import Disk, Process
 from tests.store.model import ROOT, Clock
 from tests.store.samples import CONFIG, WEIGHTS, manifest_of
+from tests.store.storage import MemoryObjects, Storage
+from tests.support.s3 import S3Server
 
 CONTENTS = st.sampled_from([b"", b"a", b"b" * 10, b"c" * 1000])
 NAMES = st.sampled_from(["one", "two", "Two"])
@@ -54,6 +61,8 @@ class StoreStates(RuleBasedStateMachine):
 
     blobs = Bundle("blobs")
     manifests = Bundle("manifests")
+    sweeps_until_clean = 8
+    """An hour apart: what nothing refers to has gone then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,8 +250,12 @@ class StoreStates(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([30.0, 61.0, 1801.0]), times=st.integers(1, 4))
     def sweep_for_a_while(self, seconds: float, times: int) -> None:
         for _ in range(times):
+            self.live()
             self.clock.monotonic += seconds
             self.stores[0].sweep()
+
+    def live(self) -> None:
+        """What running processes do by themselves every few minutes."""
 
     @rule(seconds=st.sampled_from([11.0, 3599.0, 1e4, -3599.0]))
     def move_the_clock(self, seconds: float) -> None:
@@ -283,7 +296,7 @@ class StoreStates(RuleBasedStateMachine):
                 context.__exit__(None, None, None)
         self.pins.clear()
         self.names = self.current()
-        for _ in range(8):
+        for _ in range(self.sweeps_until_clean):
             self.clock.monotonic += LONG
             self.stores[0].sweep()
         self.everything_promised_is_there()
@@ -375,6 +388,69 @@ class LocalStates(StoreStates):
             shutil.rmtree(self.root)
 
 
+class ObjectStates(StoreStates):
+    """In an object storage, used by processes that are killed."""
+
+    sweeps_until_clean = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storage = Storage()
+        self.abandoned: list[object] = []
+        """Pins of killed processes: they stay where they are, and nobody rewrites them."""
+
+    def objects(self) -> Objects:
+        return MemoryObjects(self.storage)
+
+    def open(self) -> ObjectStore:
+        return ObjectStore(
+            self.objects(), wall=lambda: self.clock.wall, monotonic=lambda: self.clock.monotonic
+        )
+
+    def live(self) -> None:
+        for store in self.stores:
+            assert isinstance(store, ObjectStore)
+            store.beat()
+
+    @rule(who=WHO)
+    def kill(self, who: int) -> None:
+        for manifest_id, contexts in list(self.pins.items()):
+            self.abandoned += [context for holder, context in contexts if holder == who]
+            self.pins[manifest_id] = [held for held in contexts if held[0] != who]
+            if not self.pins[manifest_id]:
+                del self.pins[manifest_id]
+        self.stores[who].close()
+        self.stores[who] = self.open()
+
+    def left(self) -> set[str]:
+        objects = self.objects()
+        return {
+            content_of(found.key)
+            for directory in ("blobs", "doomed", "manifests", "pins")
+            for found in objects.list(directory)
+        }
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            for store in self.stores:
+                store.close()
+
+
+class S3States(ObjectStates):
+    """On an S3 server."""
+
+    server: S3Server
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.url = f"s3://{self.server.bucket()}/store"
+
+    def objects(self) -> Objects:
+        return connect(self.url)
+
+
 COMMON = settings(
     deadline=None, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -384,3 +460,15 @@ TestOnACrashingDisk.settings = settings(
 )
 TestOnALocalDisk = LocalStates.TestCase
 TestOnALocalDisk.settings = settings(COMMON, max_examples=5)
+TestInAnObjectStorage = ObjectStates.TestCase
+TestInAnObjectStorage.settings = settings(COMMON, max_examples=100)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_server(request: pytest.FixtureRequest) -> None:
+    if request.cls is TestOnAnS3Server:
+        S3States.server = request.getfixturevalue("s3")
+
+
+TestOnAnS3Server = S3States.TestCase
+TestOnAnS3Server.settings = settings(COMMON, max_examples=3)

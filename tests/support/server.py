@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.cli import server_process
-from holdfast.store import Manifest, NameKey, Store, open_store
+from holdfast.server.data_dir import existing_store
+from holdfast.store import Manifest, NameKey, Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +110,7 @@ class ServerProcess(server_process.ServerProcess):
 
     def store(self) -> Store:
         """The server's checkpoint store, opened beside it."""
-        return open_store(self.data_dir / "store")
+        return existing_store(self.data_dir, None)
 
     def manifest(self, tinker_path: str) -> Manifest:
         """The manifest that a `tinker://` path points to."""

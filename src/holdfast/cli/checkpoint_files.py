@@ -14,7 +14,7 @@ import click
 
 from holdfast.cli.offline import offline_errors, open_data_store
 from holdfast.cli.online import Duration, PathType
-from holdfast.cli.options import data_dir
+from holdfast.cli.options import data_dir, store
 from holdfast.cli.output import (
     as_json,
     bytes_progress,
@@ -35,16 +35,23 @@ if TYPE_CHECKING:
 @click.argument("path", type=PathType(), nargs=-1)
 @click.option("--all", "every", is_flag=True, help="Everything in the store.")
 @data_dir
+@store
 @as_json
-def verify(path: tuple[CheckpointPath, ...], every: bool, data_dir: Path, as_json: bool) -> None:
+def verify(
+    path: tuple[CheckpointPath, ...],
+    every: bool,
+    data_dir: Path,
+    store: str | None,
+    as_json: bool,
+) -> None:
     """Read every byte of checkpoints and compare it with its hash.
 
     Works while a server runs. Exits with 1 when anything is damaged.
     """
     if bool(path) == every:
         raise click.UsageError("name one or more PATHs, or everything with --all")
-    with offline_errors(), open_data_store(data_dir) as store:
-        checked, problems = _verify_all(store) if every else _verify_each(store, path)
+    with offline_errors(), open_data_store(data_dir, store) as opened:
+        checked, problems = _verify_all(opened) if every else _verify_each(opened, path)
     if as_json:
         print_json(
             {
@@ -97,8 +104,15 @@ def _verify_each(
 @click.argument("path", type=PathType())
 @click.argument("target", type=click.Path(path_type=Path), required=False)
 @data_dir
+@store
 @as_json
-def export(path: CheckpointPath, target: Path | None, data_dir: Path, as_json: bool) -> None:
+def export(
+    path: CheckpointPath,
+    target: Path | None,
+    data_dir: Path,
+    store: str | None,
+    as_json: bool,
+) -> None:
     """Write a checkpoint to a file or a directory.
 
     A TARGET that ends in .tar becomes an archive, any other one a directory, which is a PEFT
@@ -112,11 +126,11 @@ def export(path: CheckpointPath, target: Path | None, data_dir: Path, as_json: b
         raise click.ClickException(f"{target} exists; name another target, or remove it")
     with (
         offline_errors(),
-        open_data_store(data_dir) as store,
-        store.pin(_resolve(store, path)) as manifest,
+        open_data_store(data_dir, store) as opened,
+        opened.pin(_resolve(opened, path)) as manifest,
     ):
         if target.suffix == ".tar":
-            archive = Archive(store, manifest)
+            archive = Archive(opened, manifest)
             with _appearing(target) as temporary:
                 _write(temporary, archive.read(), archive.size, target.name)
         else:
@@ -125,7 +139,7 @@ def export(path: CheckpointPath, target: Path | None, data_dir: Path, as_json: b
             with _appearing(target) as temporary:
                 temporary.mkdir()
                 for name, blob in manifest.files.items():
-                    pieces = store.stream_blob(blob, what=f"{name} of {manifest.label}")
+                    pieces = opened.stream_blob(blob, what=f"{name} of {manifest.label}")
                     _write(temporary / name, pieces, blob.size, name)
                 (temporary / MANIFEST).write_bytes(manifest.to_bytes())
     if as_json:
@@ -191,6 +205,7 @@ def _base_option(
     help="The base model of a PEFT adapter: the name that the server serves it by, and its files.",
 )
 @data_dir
+@store
 @as_json
 def import_(
     source: Path,
@@ -199,6 +214,7 @@ def import_(
     ttl: int | None,
     base: tuple[str, Path] | None,
     data_dir: Path,
+    store: str | None,
     as_json: bool,
 ) -> None:
     """Bring a checkpoint in from SOURCE, as a run of its own.
@@ -217,7 +233,7 @@ def import_(
             check_user_name(name)
         check_ttl(ttl)
         source = source.resolve()
-        with existing(data_dir.expanduser().absolute()) as opened:
+        with existing(data_dir.expanduser().absolute(), store) as opened:
             from holdfast.server.auth import Keys
 
             wishes = Wishes(_owner(Keys(opened.catalog), owner), name, ttl)
@@ -273,5 +289,5 @@ def _resolve(store: Store, path: CheckpointPath) -> str:
 
     manifest_id = store.resolve(NameKey(path.run_id, path.kind, path.name))
     if manifest_id is None:
-        raise click.ClickException(f"there is no checkpoint {path} in this data directory")
+        raise click.ClickException(f"there is no checkpoint {path} here")
     return manifest_id

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.cli.offline import offline_errors
-from holdfast.cli.options import data_dir
+from holdfast.cli.options import data_dir, store
 from holdfast.cli.output import as_json, count, print_facts, print_json, say, size, working
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 @click.command(name="doctor")
 @click.option("--repair", is_flag=True, help="Rebuild the catalog's checkpoints from the store.")
 @data_dir
+@store
 @as_json
-def command(repair: bool, data_dir: Path, as_json: bool) -> None:
+def command(repair: bool, data_dir: Path, store: str | None, as_json: bool) -> None:
     """Examine a data directory: read every byte, and compare the catalog with the store.
 
     The store is the truth. --repair makes the catalog agree with it, and gives the newest state of
@@ -36,7 +37,7 @@ def command(repair: bool, data_dir: Path, as_json: bool) -> None:
     repaired: Repaired | None = None
     with (
         offline_errors(),
-        existing(directory) as opened,
+        existing(directory, store) as opened,
         exclusive(directory) if repair else nullcontext(),
     ):
         with working("reading everything in the store"):

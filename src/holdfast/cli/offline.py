@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_data_store(data_dir: Path) -> Iterator[Store]:
-    """The store of a server's data directory; the server may be running."""
+def open_data_store(data_dir: Path, url: str | None) -> Iterator[Store]:
+    """The store at an address, or of a server's data directory; the server may be running."""
     from holdfast.server.data_dir import existing_store
 
-    store = existing_store(data_dir.expanduser().absolute())
+    store = existing_store(data_dir.expanduser().absolute(), url)
     try:
         yield store
     finally:

@@ -30,6 +30,16 @@ def data_dir(command: F) -> F:
     )(command)
 
 
+def store(command: F) -> F:
+    return click.option(
+        "--store",
+        "store",
+        metavar="URL",
+        envvar="HOLDFAST_STORE",
+        help="Keep checkpoints in an object storage: s3://BUCKET/PREFIX, gs://… or az://…",
+    )(command)
+
+
 def read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
     """Take defaults from a TOML file; flags and environment variables go before it."""
     if path is None:

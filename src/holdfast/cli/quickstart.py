@@ -229,10 +229,11 @@ class _Quickstart:
     def _digest(self, path: str) -> str:
         """The hash of a checkpoint's weights, as its manifest has it."""
         from holdfast.protocol.paths import CheckpointPath
-        from holdfast.store import NameKey, open_store
+        from holdfast.server.data_dir import existing_store
+        from holdfast.store import NameKey
 
         parsed = CheckpointPath.parse(path)
-        store = open_store(self._data_dir / "store")
+        store = existing_store(self._data_dir, None)
         try:
             manifest_id = store.resolve(NameKey(parsed.run_id, parsed.kind, parsed.name))
             assert manifest_id is not None

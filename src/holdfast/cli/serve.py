@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from holdfast.cli.options import data_dir, read_config
+from holdfast.cli.options import data_dir, read_config, store
 
 
 @click.command(name="serve", context_settings={"auto_envvar_prefix": "HOLDFAST"})
@@ -28,6 +28,7 @@ from holdfast.cli.options import data_dir, read_config
     help="Port to listen on; 0 takes any free one.",
 )
 @data_dir
+@store
 @click.option(
     "--model",
     "model",
@@ -59,6 +60,7 @@ def command(
     host: str,
     port: int,
     data_dir: Path,
+    store: str | None,
     model: tuple[str, ...],
     threads: int,
     token_budget: int,
@@ -87,6 +89,7 @@ def command(
         serve(
             Settings(
                 data_dir=data_dir.expanduser().absolute(),
+                store=store,
                 host=host,
                 port=port,
                 models=models,

@@ -74,7 +74,7 @@ class WorkerProcess:
         *,
         name: str,
         source: str,
-        store: Path,
+        store: str | Path,
         tokenizer_id: str | None = None,
         device: str = "cpu",
         threads: int | None = None,

@@ -263,7 +263,7 @@ def _serve(settings: Settings, calls: queue.SimpleQueue[frames.Frame], outbox: O
             outbox.send({"progress": True})
 
     try:
-        store = open_store(Path(settings.store))
+        store = open_store(settings.store)
         core = _load(settings, store, progress)
     except Exception as error:
         if isinstance(error, StoreError):

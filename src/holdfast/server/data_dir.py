@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
-from holdfast.store import Store, StoreError, open_store
+from holdfast.store import Store, StoreError, check_url, open_store
 
 CATALOG = "catalog.db"
 STORE = "store"
+STORE_URL = "store-url"
+"""Holds the address of the store when it is not in the directory."""
 
 
 class CannotUse(Exception):
@@ -30,40 +32,99 @@ class DataDir:
 
 
 @contextmanager
-def existing(path: Path) -> Iterator[DataDir]:
-    """Open the data directory of a server, which may be running. Raises CannotUse."""
-    store = existing_store(path)
+def existing(path: Path, url: str | None) -> Iterator[DataDir]:
+    """Open the data directory of a server, which may be running. Raises CannotUse.
+
+    With the address of a store it may be a new one: its catalog is rebuilt from the store.
+    """
+    if url is not None:
+        with _using(path):
+            path.mkdir(parents=True, exist_ok=True)
+    store = _open(path, location(path, url))
     try:
         catalog = Catalog.open_file(path / CATALOG)
     except (CatalogUnavailable, NewerCatalog) as error:
         store.close()
         raise CannotUse(str(error)) from error
     try:
+        remember(path, url)
         yield DataDir(path, catalog, store)
     finally:
         catalog.close()
         store.close()
 
 
-def existing_store(path: Path) -> Store:
-    """Open the store of a server's data directory. Raises CannotUse when there is none."""
-    if not (path / STORE).is_dir():
+def existing_store(path: Path, url: str | None) -> Store:
+    """Open the store at an address, or that of a server's data directory. Raises CannotUse."""
+    return _open(path, location(path, None) if url is None else url)
+
+
+def _open(path: Path, where: str | Path) -> Store:
+    if isinstance(where, Path) and not where.is_dir():
         what = f"there is no store in {path}" if path.is_dir() else f"there is no directory {path}"
-        raise CannotUse(f"{what}; name the one that `holdfast serve` uses with --data-dir")
+        raise CannotUse(
+            f"{what}; name the one that `holdfast serve` uses with --data-dir, or its --store"
+        )
     try:
-        return open_store(path / STORE)
+        return open_store(where, create=False)
     except StoreError as error:
         raise CannotUse(str(error)) from error
+
+
+def location(path: Path, url: str | None) -> str | Path:
+    """Where the checkpoints of a data directory are. Raises CannotUse.
+
+    Its catalog tells of what is in one store, so that it stays with the first one it was used with.
+    """
+    with _using(path):
+        recorded = (path / STORE_URL).read_text().strip() if (path / STORE_URL).exists() else None
+    if url is None:
+        return recorded or path / STORE
+    try:
+        url = check_url(url)
+    except StoreError as error:
+        raise CannotUse(str(error)) from error
+    used = recorded or (path / STORE if (path / STORE).is_dir() else None)
+    if used is not None and str(used) != url:
+        raise CannotUse(
+            f"the checkpoints of {path} are in {used}, not in {url}: "
+            "leave --store out, or name another --data-dir"
+        )
+    return url
+
+
+def remember(path: Path, url: str | None) -> None:
+    """Note durably which store, given by its address, a data directory is used with."""
+    if url is None or (path / STORE_URL).exists():
+        return
+    with _using(path):
+        temporary = path / f"{STORE_URL}.new"
+        with temporary.open("w") as file:
+            file.write(f"{check_url(url)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path / STORE_URL)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _using(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CannotUse(f"cannot use the data directory {path}: {error.strerror}") from error
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the data directory's lock, making the directory if need be. Raises CannotUse."""
-    try:
+    with _using(path):
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise CannotUse(f"cannot use the data directory {path}: {error.strerror}") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

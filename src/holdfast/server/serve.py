@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -22,7 +23,7 @@ from holdfast.runs.engines import StartEngine
 from holdfast.runs.service import Runs
 from holdfast.server.app import create_app
 from holdfast.server.auth import Keys
-from holdfast.server.data_dir import CannotUse, exclusive
+from holdfast.server.data_dir import CannotUse, exclusive, location, remember
 from holdfast.server.settings import Settings
 from holdfast.store import StoreError, open_store
 
@@ -40,7 +41,9 @@ def serve(settings: Settings) -> None:
     with exclusive(settings.data_dir), _socket(settings) as listening:
         try:
             catalog = Catalog.open_file(settings.data_dir / "catalog.db")
-            store = open_store(settings.data_dir / "store")
+            where = location(settings.data_dir, settings.store)
+            store = open_store(where)
+            remember(settings.data_dir, settings.store)
         except (CatalogUnavailable, NewerCatalog, StoreError) as error:
             raise CannotServe(str(error)) from error
         try:
@@ -49,9 +52,9 @@ def serve(settings: Settings) -> None:
                     f"{settings.host} can be reached from other machines, and there is no API key"
                     " yet: make one with `holdfast key create`, or listen on 127.0.0.1"
                 )
-            app = create_app(settings, catalog, store, _starter(settings))
+            app = create_app(settings, catalog, store, _starter(settings, where))
             port = listening.getsockname()[1]
-            _announce(settings, port)
+            _announce(settings, where, port)
             config = uvicorn.Config(
                 app,
                 log_config=None,
@@ -86,13 +89,13 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _starter(settings: Settings) -> StartEngine:
+def _starter(settings: Settings, store: str | Path) -> StartEngine:
     async def start(name: str) -> Worker:
         source = settings.models[name]
         return await WorkerProcess.start(
             name=name,
             source=source.path,
-            store=settings.data_dir / "store",
+            store=store,
             tokenizer_id=source.tokenizer,
             device=settings.device,
             threads=settings.threads or None,
@@ -118,13 +121,14 @@ def _socket(settings: Settings) -> Iterator[socket.socket]:
         yield listening
 
 
-def _announce(settings: Settings, port: int) -> None:
+def _announce(settings: Settings, store: str | Path, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     key = "tml-local" if settings.loopback else "one that `holdfast key create` printed"
     print(
         f"Holdfast serves {', '.join(settings.models)} on http://{host}:{port}\n"
         f"  data  {settings.data_dir}\n"
-        f"  use   TINKER_BASE_URL=http://{host}:{port} TINKER_API_KEY={key}",
+        + (f"  store {store}\n" if isinstance(store, str) else "")
+        + f"  use   TINKER_BASE_URL=http://{host}:{port} TINKER_API_KEY={key}",
         flush=True,
     )
 

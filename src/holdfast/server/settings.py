@@ -31,6 +31,9 @@ class Settings:
     """A server's settings. Sizes are bytes, times seconds."""
 
     data_dir: Path
+    store: str | None = None
+    """The address of an object storage for the checkpoints; None: they are in the data directory,
+    or where they were when it was last used."""
     host: str = "127.0.0.1"
     port: int = 8000
     models: Mapping[str, ModelSource] = field(default_factory=dict)

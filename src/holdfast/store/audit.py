@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from holdfast.store.base import VerifyReport
 from holdfast.store.disk import Disk
@@ -14,95 +14,117 @@ from holdfast.store.errors import (
     StoreError,
     storage_errors,
 )
+from holdfast.store.files import ReadFile
 from holdfast.store.model import Blob, Manifest, check_id
+from holdfast.store.records import NameRecord
 from holdfast.store.transfer import check_size, verify_file
 
-
-def verify_manifest(disk: Disk, manifest: Manifest) -> VerifyReport:
-    """Read the blobs of one manifest."""
-    audit = _Audit(disk)
-    audit.manifests = 1
-    manifest_id = manifest.id
-    audit.check_blobs(manifest, still=lambda: audit.is_there(manifest_id))
-    return audit.report()
+Still = Callable[[], bool]
+"""Whether what referred to something is still there: what is removed meanwhile is no problem."""
 
 
-def verify_all(disk: Disk) -> VerifyReport:
-    """Read every name record, manifest and blob. What is removed meanwhile is not a problem."""
-    audit = _Audit(disk)
-    for entry in disk.list("names"):
-        with audit.noting():
-            audit.check_name(entry)
-    for directory in ("manifests", "unnamed"):
-        for entry in disk.list(directory):
-            with audit.noting():
-                audit.check_manifest(directory, entry)
-    for entry in disk.list("blobs"):
-        with audit.noting():
-            audit.check_unreferenced(entry)
-    return audit.report()
+class Audit:
+    """What was read, and what is wrong with it. `open` opens a blob's file, None: not there."""
 
-
-class _Audit:
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-        self._seen: dict[str, int] = {}
+    def __init__(self, open: Callable[[str], AbstractContextManager[ReadFile | None]]) -> None:
+        self._open = open
+        self._read: dict[str, Blob] = {}
         self._problems: list[StoreError] = []
         self.manifests = 0
 
     def report(self) -> VerifyReport:
-        return VerifyReport(
-            self.manifests, len(self._seen), sum(self._seen.values()), tuple(self._problems)
-        )
+        size = sum(blob.size for blob in self._read.values())
+        return VerifyReport(self.manifests, len(self._read), size, tuple(self._problems))
 
     @contextmanager
     def noting(self) -> Iterator[None]:
+        """An error in here is noted."""
         try:
             yield
         except StoreError as error:
             self._problems.append(error)
 
-    def check_name(self, entry: str) -> None:
-        path = self._disk.path("names", entry)
-        record = self._disk.read_record(entry)
-        if record is None:
-            return
-        manifest = self._disk.read_manifest("manifests", record.manifest)
+    def check_name(
+        self, path: str, record: NameRecord, manifest: Manifest | None, still: Still
+    ) -> None:
+        """Whether a name record agrees with the manifest it points to."""
         if manifest is None:
-            if self._disk.read_record(entry) == record:
+            if still():
                 raise MissingManifest(f"{path} points to {record.manifest}, which is missing")
         elif manifest.key != record.key or manifest.expires != record.expires:
             raise CorruptName(f"{path} does not agree with the manifest it points to", path)
 
-    def check_manifest(self, directory: str, entry: str) -> None:
-        manifest = self._disk.read_manifest(directory, entry)
-        if manifest is not None:
-            self.manifests += 1
-            self.check_blobs(manifest, still=lambda: self.is_there(entry))
-
-    def check_blobs(self, manifest: Manifest, still: Callable[[], bool]) -> None:
-        """A blob that is gone is a problem only while the manifest is `still` there."""
-        for name, blob in manifest.files.items():
-            if self._seen.get(blob.hash) != blob.size:
-                with self.noting():
-                    self._check_blob(blob, f"{name} of {manifest.label}", still)
-
-    def check_unreferenced(self, entry: str) -> None:
-        """A blob that no manifest has led to."""
-        path = self._disk.path("blobs", entry)
-        if entry not in self._seen and (status := self._disk.files.stat(path)) is not None:
-            self._check_blob(Blob(check_id(entry, path), status.size), "a blob", lambda: False)
-
-    def _check_blob(self, blob: Blob, what: str, still: Callable[[], bool]) -> None:
-        path = self._disk.path("blobs", blob.hash)
-        self._seen[blob.hash] = blob.size
-        with storage_errors(f"reading {path}"), self._disk.open(path) as file:
+    def check_blob(self, path: str, blob: Blob, what: str, still: Still) -> None:
+        """Read a blob's file, once."""
+        if self._read.get(path) == blob:
+            return
+        self._read[path] = blob
+        with storage_errors(f"reading {path}"), self._open(path) as file:
             if file is not None:
                 check_size(file, blob, what, path)
                 verify_file(file, blob, what, path)
             elif still():
                 raise MissingBlob(f"{what} is missing: there is no {path}")
 
-    def is_there(self, manifest_id: str) -> bool:
-        paths = (self._disk.path(directory, manifest_id) for directory in ("unnamed", "manifests"))
-        return any(self._disk.files.stat(path) is not None for path in paths)
+    def has_read(self, path: str) -> bool:
+        return path in self._read
+
+
+def verify_manifest(disk: Disk, manifest: Manifest) -> VerifyReport:
+    """Read the blobs of one manifest."""
+    audit = Audit(disk.open)
+    audit.manifests = 1
+    _check_blobs(audit, disk, manifest, manifest.id)
+    return audit.report()
+
+
+def verify_all(disk: Disk) -> VerifyReport:
+    """Read every name record, manifest and blob. What is removed meanwhile is not a problem."""
+    audit = Audit(disk.open)
+    for entry in disk.list("names"):
+        with audit.noting():
+            _check_name(audit, disk, entry)
+    for directory in ("manifests", "unnamed"):
+        for entry in disk.list(directory):
+            with audit.noting():
+                manifest = disk.read_manifest(directory, entry)
+                if manifest is not None:
+                    audit.manifests += 1
+                    _check_blobs(audit, disk, manifest, entry)
+    for entry in disk.list("blobs"):
+        with audit.noting():
+            _check_unreferenced(audit, disk, entry)
+    return audit.report()
+
+
+def _check_name(audit: Audit, disk: Disk, entry: str) -> None:
+    record = disk.read_record(entry)
+    if record is not None:
+        manifest = disk.read_manifest("manifests", record.manifest)
+        path = disk.path("names", entry)
+        audit.check_name(path, record, manifest, lambda: disk.read_record(entry) == record)
+
+
+def _check_blobs(audit: Audit, disk: Disk, manifest: Manifest, manifest_id: str) -> None:
+    for name, blob in manifest.files.items():
+        with audit.noting():
+            audit.check_blob(
+                disk.path("blobs", blob.hash),
+                blob,
+                f"{name} of {manifest.label}",
+                lambda: _is_there(disk, manifest_id),
+            )
+
+
+def _check_unreferenced(audit: Audit, disk: Disk, entry: str) -> None:
+    """A blob that no manifest has led to."""
+    path = disk.path("blobs", entry)
+    status = disk.files.stat(path)
+    if status is not None and not audit.has_read(path):
+        blob = Blob(check_id(entry, path), status.size)
+        audit.check_blob(path, blob, "a blob", lambda: False)
+
+
+def _is_there(disk: Disk, manifest_id: str) -> bool:
+    paths = (disk.path(directory, manifest_id) for directory in ("unnamed", "manifests"))
+    return any(disk.files.stat(path) is not None for path in paths)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from holdfast.store.errors import MissingManifest, MissingName, StoreError
+from holdfast.store.errors import (
+    CorruptBlob,
+    InvalidValue,
+    MissingBlob,
+    MissingManifest,
+    MissingName,
+    NameTaken,
+    StoreError,
+)
+from holdfast.store.files import ReadFile
 from holdfast.store.model import Blob, Manifest, NameKey
+from holdfast.store.records import NameRecord
+from holdfast.store.transfer import read_verified, stream_verified
 
 OnDamage = Callable[[StoreError], None]
 """Told of a damaged entry, which is then left out; without it the error is raised."""
@@ -75,6 +87,9 @@ class Store(ABC):
     Every method raises an error of `holdfast.store.errors`.
     """
 
+    def __init__(self, wall: Callable[[], float] = time.time) -> None:
+        self._wall = wall
+
     @abstractmethod
     def put_blob(self, parts: Iterable[bytes | memoryview]) -> Blob:
         """Write a blob, hashed on the way; durable when it returns.
@@ -84,22 +99,28 @@ class Store(ABC):
         least, or until it is published; put twice, until it is published twice.
         """
 
-    @abstractmethod
     def read_blob(self, blob: Blob, *, what: str) -> bytes:
         """A blob's verified bytes.
 
         `what` names it in errors, e.g. "adapter_model.safetensors of run/weights/final". Raises
         MissingBlob, or CorruptBlob when size or hash differ.
         """
+        with self._open_blob(blob, what) as (file, path):
+            buffer = bytearray(blob.size)
+            read_verified(file, blob, memoryview(buffer), what, path)
+        return bytes(buffer)
 
-    @abstractmethod
     def read_blob_into(self, blob: Blob, buffer: memoryview, *, what: str) -> None:
         """`read_blob` into a writable buffer of exactly the blob's size.
 
         When it raises, the buffer's content means nothing.
         """
+        view = buffer.cast("B")
+        if len(view) != blob.size:
+            raise InvalidValue(f"{what} has {blob.size} bytes, the buffer {len(view)}")
+        with self._open_blob(blob, what) as (file, path):
+            read_verified(file, blob, view, what, path)
 
-    @abstractmethod
     def stream_blob(
         self, blob: Blob, start: int = 0, stop: int | None = None, *, what: str
     ) -> Iterator[bytes]:
@@ -108,6 +129,11 @@ class Store(ABC):
         The whole blob is verified before the last piece is given, so that a damaged one is never
         given in full. Raises as `read_blob` does.
         """
+        stop = blob.size if stop is None else stop
+        if not 0 <= start <= stop <= blob.size:
+            raise InvalidValue(f"{what} has {blob.size} bytes, asked for {start} to {stop}")
+        with self._open_blob(blob, what) as (file, path):
+            yield from stream_verified(file, blob, start, stop, what, path)
 
     @abstractmethod
     def has_blob(self, blob: Blob) -> bool:
@@ -126,7 +152,6 @@ class Store(ABC):
     def read_manifest(self, manifest_id: str) -> Manifest:
         """A verified manifest. Raises MissingManifest or CorruptManifest."""
 
-    @abstractmethod
     def set_name(
         self,
         key: NameKey,
@@ -139,6 +164,10 @@ class Store(ABC):
         A name that points elsewhere and has not expired is an error (NameTaken) unless `replace`.
         Raises MissingManifest when there is no such manifest.
         """
+        free = (None, manifest_id)
+        existing = self._point(key, manifest_id, lambda current: replace or current in free)
+        if existing is not None and existing != manifest_id:
+            raise NameTaken(f"there is a checkpoint {key} already", existing)
 
     @abstractmethod
     def resolve(self, key: NameKey) -> str | None:
@@ -223,9 +252,36 @@ class Store(ABC):
         used = {blob for m in sizes for blob in manifests[m].files.values()}
         return Usage(sizes, sum(blob.size for blob in used))
 
-    @abstractmethod
     def _move_name(self, key: NameKey, current: str, manifest_id: str) -> bool:
         """Point a name from `current` to `manifest_id`; False when it points elsewhere now."""
+        expected = (current, manifest_id)
+        return self._point(key, manifest_id, lambda found: found in expected) == manifest_id
+
+    @abstractmethod
+    def _point(
+        self, key: NameKey, manifest_id: str, accepts: Callable[[str | None], bool]
+    ) -> str | None:
+        """Point a name to a manifest if that `accepts` what it points to; what it does then.
+
+        A damaged record is replaced if the empty text, which is no id, is accepted.
+        """
+
+    @abstractmethod
+    def _open_blob(self, blob: Blob, what: str) -> AbstractContextManager[tuple[ReadFile, str]]:
+        """A blob's bytes, of the right size, and where they are kept."""
+
+    def _for_name(self, key: NameKey, manifest_id: str) -> Manifest:
+        """The manifest that a name is to point to. Raises InvalidValue if made for another one."""
+        manifest = self.read_manifest(manifest_id)
+        if manifest.key != key:
+            raise InvalidValue(f"manifest {manifest_id} is {manifest.key or 'unnamed'}, not {key}")
+        return manifest
+
+    def _current(self, record: NameRecord | None) -> str | None:
+        """What a name points to now; an expired one points nowhere."""
+        if record is None or (record.expires is not None and record.expires <= self._wall()):
+            return None
+        return record.manifest
 
     def __enter__(self) -> Self:
         return self
@@ -237,3 +293,24 @@ class Store(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def check_there(size: int | None, blob: Blob, name: str, path: str) -> None:
+    """A file to be published has `size` bytes, None: none. Raises MissingBlob or CorruptBlob."""
+    if size is None:
+        raise MissingBlob(f"{name} cannot be published: there is no {path}")
+    if size != blob.size:
+        raise CorruptBlob(
+            f"{name} cannot be published: {path} has {size} bytes, not {blob.size}", path
+        )
+
+
+@contextmanager
+def damage_to(on_damage: OnDamage | None) -> Iterator[None]:
+    """Tell of damage instead of raising it, when there is somebody to be told."""
+    try:
+        yield
+    except StoreError as error:
+        if on_damage is None:
+            raise
+        on_damage(error)

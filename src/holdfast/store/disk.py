@@ -28,24 +28,22 @@ from holdfast.store.errors import (
     CorruptName,
     IOFailed,
     NotAStore,
-    UnsupportedFormat,
     storage_errors,
 )
 from holdfast.store.files import Files, ReadFile, WriteFile
 from holdfast.store.model import (
     MAX_MANIFEST,
     Manifest,
-    canonical_json,
     content_hash,
-    parse_json,
 )
-from holdfast.store.records import MAX_RECORD, NameRecord, file_name
+from holdfast.store.records import MAX_RECORD, NameRecord, check_marker, file_name, marker
 
 STORE_VERSION = 1
 """Of the layout above."""
 
 MARKER = "holdfast-store.json"
 SWEEP_STATE = "sweep.json"
+_FORMAT = "holdfast.store"
 _KEPT = ("blobs", "manifests", "names", "unnamed")
 _PASSING = ("tmp", "fresh", "pins")
 _LOCKS = ("sweep.lock", "names.lock")
@@ -206,11 +204,11 @@ class Disk:
     # Opening
 
     def _prepare(self) -> None:
-        marker = self.path(MARKER)
-        status = self.files.stat(marker)
+        path = self.path(MARKER)
+        status = self.files.stat(path)
         if status is None:
             self._create()
-        self._check_marker(marker)
+        check_marker(self.read_small(path, 4096), path, _FORMAT, STORE_VERSION)
         for directory in (*_KEPT, *_PASSING):
             self._make_dir(self.path(directory))
         for lock in _LOCKS:
@@ -232,7 +230,7 @@ class Disk:
         temporary = self.path("tmp", uuid4().hex)
         file = self.files.create(temporary)
         try:
-            file.write(canonical_json({"format": "holdfast.store", "version": STORE_VERSION}))
+            file.write(marker(_FORMAT, STORE_VERSION))
             file.sync()
             with suppress(FileExistsError):
                 self.files.link(temporary, self.path(MARKER))
@@ -261,18 +259,6 @@ class Disk:
             status = self.files.stat(path)
             if status is None or not status.is_dir:
                 raise NotAStore(f"{path} must be a directory, not a link or a file") from None
-
-    def _check_marker(self, path: str) -> None:
-        data = self.read_small(path, 4096)
-        document = {} if data is None else parse_json(data, path)
-        version = document.get("version")
-        if document.get("format") != "holdfast.store" or type(version) is not int:
-            raise NotAStore(f"{path} is not the marker of a Holdfast store")
-        if version > STORE_VERSION:
-            raise UnsupportedFormat(
-                f"{self.root} is a store of version {version}; "
-                f"this Holdfast reads up to {STORE_VERSION}"
-            )
 
 
 def _parent(path: str) -> str:

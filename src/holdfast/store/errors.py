@@ -18,6 +18,7 @@ StoreError
 └── Unavailable          the storage failed, nothing is wrong with the request: try again later
     ├── DiskFull             with new files, once there is room
     ├── ReadOnly             once the file system is writable
+    ├── NoAccess             once the object storage accepts the credentials
     └── IOFailed             with new files; the device needs looking at
 """
 
@@ -126,6 +127,10 @@ class DiskFull(Unavailable):
 
 class ReadOnly(Unavailable):
     code = "read_only"
+
+
+class NoAccess(Unavailable):
+    code = "no_access"
 
 
 class IOFailed(Unavailable):

@@ -9,23 +9,26 @@ from pathlib import Path
 from uuid import uuid4
 
 from holdfast.store.audit import verify_all, verify_manifest
-from holdfast.store.base import OnDamage, Store, SweepReport, VerifyReport
+from holdfast.store.base import (
+    OnDamage,
+    Store,
+    SweepReport,
+    VerifyReport,
+    check_there,
+    damage_to,
+)
 from holdfast.store.disk import Disk
 from holdfast.store.errors import (
-    CorruptBlob,
     CorruptName,
-    InvalidValue,
     MissingBlob,
     MissingManifest,
-    NameTaken,
-    StoreError,
     storage_errors,
 )
 from holdfast.store.files import Files, LocalFiles, ReadFile
 from holdfast.store.model import Blob, Manifest, NameKey, check_id, content_hash
 from holdfast.store.records import NameRecord, file_name, run_prefix
 from holdfast.store.sweep import Sweeper
-from holdfast.store.transfer import check_size, read_verified, stream_verified, write_hashed
+from holdfast.store.transfer import check_size, write_hashed
 
 
 class LocalStore(Store):
@@ -42,9 +45,9 @@ class LocalStore(Store):
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(wall)
         self._disk = Disk(str(Path(root).resolve()), files or LocalFiles())
         self._files = self._disk.files
-        self._wall = wall
         self._sweeper = Sweeper(self._disk, wall, monotonic)
 
     def close(self) -> None:
@@ -65,28 +68,6 @@ class LocalStore(Store):
                     raise
             self._disk.sync_dir("blobs")
         return blob
-
-    def read_blob(self, blob: Blob, *, what: str) -> bytes:
-        with self._open_blob(blob, what) as (file, path):
-            buffer = bytearray(blob.size)
-            read_verified(file, blob, memoryview(buffer), what, path)
-        return bytes(buffer)
-
-    def read_blob_into(self, blob: Blob, buffer: memoryview, *, what: str) -> None:
-        view = buffer.cast("B")
-        if len(view) != blob.size:
-            raise InvalidValue(f"{what} has {blob.size} bytes, the buffer {len(view)}")
-        with self._open_blob(blob, what) as (file, path):
-            read_verified(file, blob, view, what, path)
-
-    def stream_blob(
-        self, blob: Blob, start: int = 0, stop: int | None = None, *, what: str
-    ) -> Iterator[bytes]:
-        stop = blob.size if stop is None else stop
-        if not 0 <= start <= stop <= blob.size:
-            raise InvalidValue(f"{what} has {blob.size} bytes, asked for {start} to {stop}")
-        with self._open_blob(blob, what) as (file, path):
-            yield from stream_verified(file, blob, start, stop, what, path)
 
     @contextmanager
     def _open_blob(self, blob: Blob, what: str) -> Iterator[tuple[ReadFile, str]]:
@@ -135,7 +116,7 @@ class LocalStore(Store):
     ) -> Iterator[tuple[str, Manifest]]:
         for entry in self._disk.list("unnamed"):
             manifest = None
-            with _damage_to(on_damage):
+            with damage_to(on_damage):
                 manifest = self._disk.read_manifest("unnamed", entry)
             if manifest is not None and run in (None, manifest.run):
                 yield entry, manifest
@@ -162,26 +143,10 @@ class LocalStore(Store):
 
     # Names
 
-    def set_name(self, key: NameKey, manifest_id: str, *, replace: bool = False) -> None:
-        free = (None, manifest_id)
-        existing = self._point(key, manifest_id, lambda current: replace or current in free)
-        if existing is not None and existing != manifest_id:
-            raise NameTaken(f"there is a checkpoint {key} already", existing)
-
-    def _move_name(self, key: NameKey, current: str, manifest_id: str) -> bool:
-        expected = (current, manifest_id)
-        return self._point(key, manifest_id, lambda found: found in expected) == manifest_id
-
     def _point(
         self, key: NameKey, manifest_id: str, accepts: Callable[[str | None], bool]
     ) -> str | None:
-        """Point a name to a manifest if that `accepts` what it points to; what it does then.
-
-        A damaged record is replaced if the empty text, which is no id, is accepted.
-        """
-        manifest = self.read_manifest(manifest_id)
-        if manifest.key != key:
-            raise InvalidValue(f"manifest {manifest_id} is {manifest.key or 'unnamed'}, not {key}")
+        manifest = self._for_name(key, manifest_id)
         entry = file_name(key)
         with self._disk.temporary(f"setting the name {key}") as (file, temporary):
             file.write(NameRecord(key, manifest_id, manifest.expires).encode())
@@ -226,7 +191,7 @@ class LocalStore(Store):
         for entry in self._disk.list("names"):
             if entry.startswith(prefix):
                 record = None
-                with _damage_to(on_damage):
+                with damage_to(on_damage):
                     record = self._disk.read_record(entry)
                 if record is not None and (current := self._current(record)) is not None:
                     yield record.key, current
@@ -249,25 +214,5 @@ class LocalStore(Store):
         for name, blob in manifest.files.items():
             path = self._blob_path(blob)
             status = self._files.stat(path)
-            if status is None:
-                raise MissingBlob(f"{name} cannot be published: there is no {path}")
-            if not status.is_file or status.size != blob.size:
-                raise CorruptBlob(
-                    f"{name} cannot be published: {path} has {status.size} bytes, not {blob.size}",
-                    path,
-                )
-
-    def _current(self, record: NameRecord | None) -> str | None:
-        if record is None or (record.expires is not None and record.expires <= self._wall()):
-            return None
-        return record.manifest
-
-
-@contextmanager
-def _damage_to(on_damage: OnDamage | None) -> Iterator[None]:
-    try:
-        yield
-    except StoreError as error:
-        if on_damage is None:
-            raise
-        on_damage(error)
+            size = status.size if status is not None and status.is_file else None
+            check_there(size, blob, name, path)

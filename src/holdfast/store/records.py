@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from holdfast.store.errors import Corrupt, CorruptName, InvalidValue, UnsupportedFormat
+from holdfast.store.errors import Corrupt, CorruptName, InvalidValue, NotAStore, UnsupportedFormat
 from holdfast.store.model import NameKey, canonical_json, check_id, content_hash, parse_json
 
 MAX_RECORD = 4096
@@ -75,6 +75,24 @@ def unseal(data: bytes, path: str, limit: int = MAX_RECORD) -> dict[str, Any]:
         return parse_json(body, path, limit)
     except Corrupt as error:
         raise CorruptName(str(error), path) from error
+
+
+def marker(format: str, version: int) -> bytes:
+    """The file that tells what a directory or a prefix is."""
+    return canonical_json({"format": format, "version": version})
+
+
+def check_marker(data: bytes | None, path: str, format: str, version: int) -> None:
+    """Raises NotAStore, naming `path`, or UnsupportedFormat for a newer version."""
+    document = {} if data is None else parse_json(data, path)
+    found = document.get("version")
+    if document.get("format") != format or type(found) is not int:
+        raise NotAStore(f"{path} is not the marker of a Holdfast store")
+    if found > version:
+        raise UnsupportedFormat(
+            f"{path.rpartition('/')[0]} is a store of version {found}; "
+            f"this Holdfast reads up to {version}"
+        )
 
 
 def file_name(key: NameKey) -> str:

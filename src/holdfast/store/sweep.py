@@ -13,8 +13,7 @@ the disk before any manifest refers to them. Three rules, none of which reads a 
 Names expire by the wall clock, and go once two sweeps an hour apart have both seen them expired:
 a clock that jumps for less than an hour removes nothing.
 
-Time between sweeps is the monotonic time between two sweeps in a row by the same process, added up
-in `sweep.json`; a machine that is off, or two processes that sweep by turns, only delay.
+Times are server time (`holdfast.store.aging`), noted in `sweep.json`.
 """
 
 from __future__ import annotations
@@ -25,19 +24,15 @@ from dataclasses import dataclass, field
 from threading import Lock
 from uuid import uuid4
 
+from holdfast.store.aging import LONG, Ages, Identity
 from holdfast.store.base import SweepReport
 from holdfast.store.disk import SWEEP_STATE, Disk
 from holdfast.store.errors import Corrupt, Unavailable, UnsupportedFormat
-from holdfast.store.model import NameKey, canonical_json
-from holdfast.store.records import seal, unseal
-
-LONG = 3600.0
-"""Seconds of server time between the two sweeps that must see a name expired or a mark unused."""
+from holdfast.store.model import NameKey
 
 SHORT = 60.0
 """Seconds of server time between the two sweeps that must see something unreferenced."""
 
-_VERSION = 1
 _MAX_STATE = 1 << 28
 
 
@@ -45,19 +40,10 @@ _MAX_STATE = 1 << 28
 class _Scan:
     """What one look at the store has found."""
 
-    candidates: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    candidates: dict[str, Identity] = field(default_factory=dict)
     """Path under the root -> identity, of all that could go."""
     expired: dict[str, NameKey] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _State:
-    """What sweeps remember: server time, and since when each candidate has been one."""
-
-    sweeper: str = ""
-    now: float = 0.0
-    since: dict[str, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
 
 
 class Sweeper:
@@ -71,7 +57,7 @@ class Sweeper:
         self._monotonic = monotonic
         self._id = uuid4().hex
         self._last = 0.0
-        self._unsaved: _State | None = None
+        self._unsaved: Ages | None = None
         """What could not be written: on a full disk, of all times, sweeping must go on."""
         self._lock = Lock()
         self._references: dict[str, tuple[str, ...]] = {}
@@ -84,16 +70,10 @@ class Sweeper:
     def _sweep(self) -> SweepReport:
         state = self._unsaved or self._load()
         moment = self._monotonic()
-        if state.sweeper == self._id:
-            state.now += moment - self._last
-        state.sweeper, self._last = self._id, moment
+        state.look(self._id, moment - self._last)
+        self._last = moment
         scan = self._scan()
-        state.since = {
-            path: seen
-            if (seen := state.since.get(path)) is not None and seen[1] == identity
-            else (state.now, identity)
-            for path, identity in scan.candidates.items()
-        }
+        state.see(scan.candidates)
         report = SweepReport(waiting=len(scan.candidates), damaged=tuple(scan.damaged))
         if any(self._ripe(path, state) for path in scan.candidates):
             with self._disk.removing():
@@ -104,11 +84,11 @@ class Sweeper:
             self._unsaved = None
         return report
 
-    def _ripe(self, path: str, state: _State) -> bool:
+    def _ripe(self, path: str, state: Ages) -> bool:
         long = path.startswith(("names/", "fresh/"))
-        return state.now - state.since[path][0] >= (LONG if long else SHORT)
+        return state.of(path) >= (LONG if long else SHORT)
 
-    def _remove(self, scan: _Scan, state: _State) -> SweepReport:
+    def _remove(self, scan: _Scan, state: Ages) -> SweepReport:
         """Remove what is ripe and, looked at again, still to go. Runs under the lock."""
         ripe: dict[str, list[str]] = {}
         for path, identity in scan.candidates.items():
@@ -231,32 +211,14 @@ class Sweeper:
         status = self._disk.files.stat(self._disk.path(path))
         return 0 if status is None else status.size
 
-    def _load(self) -> _State:
-        """The state that earlier sweeps left; an empty one when it is damaged or not there."""
+    def _load(self) -> Ages:
+        """What earlier sweeps left; nothing when it is damaged or not there."""
         path = self._disk.path(SWEEP_STATE)
         data = self._disk.read_small(path, _MAX_STATE)
-        if data is None:
-            return _State()
-        try:
-            document = unseal(data, path, _MAX_STATE)
-        except Corrupt:
-            return _State()
-        if document["version"] != _VERSION:
-            return _State()
-        since = {
-            entry: (start, tuple(identity))
-            for entry, (start, identity) in document["since"].items()
-        }
-        return _State(document["sweeper"], document["now"], since)
+        return Ages() if data is None else Ages.decode(data, path)
 
-    def _save(self, state: _State) -> None:
+    def _save(self, state: Ages) -> None:
         """Not synced: losing it only delays, and a torn one does not match its hash."""
-        document = {
-            "version": _VERSION,
-            "sweeper": state.sweeper,
-            "now": state.now,
-            "since": state.since,
-        }
         with self._disk.temporary("noting what a sweep has seen") as (file, temporary):
-            file.write(seal(canonical_json(document)))
+            file.write(state.encode())
             self._disk.files.rename(temporary, self._disk.path(SWEEP_STATE))

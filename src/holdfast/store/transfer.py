@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import Queue
+from tempfile import SpooledTemporaryFile
 from threading import Thread
+from typing import Protocol
 
 from blake3 import blake3
 
 from holdfast.store.errors import CorruptBlob
-from holdfast.store.files import ReadFile, WriteFile
+from holdfast.store.files import ReadFile
 from holdfast.store.model import Blob
 
 CHUNK = 2 << 20
@@ -22,7 +25,17 @@ _AHEAD = 4
 """Chunks that may wait to be hashed."""
 
 
-def write_hashed(file: WriteFile, parts: Iterable[bytes | memoryview]) -> Blob:
+_SPOOL = 64 << 20
+"""Bytes of a stream that are kept in memory until its hash is known."""
+
+
+class Sink(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: memoryview, /) -> object: ...
+
+
+def write_hashed(file: Sink, parts: Iterable[bytes | memoryview]) -> Blob:
     """Write all parts and return what they are."""
     size = 0
     with _Hasher(blake3.AUTO) as hasher:
@@ -31,6 +44,26 @@ def write_hashed(file: WriteFile, parts: Iterable[bytes | memoryview]) -> Blob:
             file.write(piece)
             size += len(piece)
     return Blob(hasher.hexdigest(), size)
+
+
+@contextmanager
+def hashed(parts: Iterable[bytes | memoryview]) -> Iterator[tuple[Blob, Iterator[memoryview]]]:
+    """What the parts are, before any of them is needed, and then their bytes in pieces.
+
+    Parts that are not in memory are kept, on the disk when they are many.
+    """
+    if isinstance(parts, Sequence):
+        yield write_hashed(_Nothing(), parts), _chunks(parts)
+        return
+    with SpooledTemporaryFile(_SPOOL) as spool:
+        blob = write_hashed(spool, parts)
+        spool.seek(0)
+        yield blob, map(memoryview, iter(lambda: spool.read(CHUNK), b""))
+
+
+class _Nothing:
+    def write(self, data: memoryview, /) -> None:
+        """Only hashed."""
 
 
 def read_verified(file: ReadFile, blob: Blob, buffer: memoryview, what: str, path: str) -> None:
