@@ -34,7 +34,7 @@ WRITE_RETRY_SECONDS = 60.0
 
 _PROGRESS_SECONDS = 0.5
 _WRITERS = 2
-_WRITER_NICENESS = 5
+_WRITER_NICENESS = 15
 
 log = logging.getLogger(__name__)
 
