@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from holdfast.engine import base
-from holdfast.engine.base import load_base, suitable_threads
+from holdfast.engine.base import load_base, suitable_threads, usable_processors
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,28 @@ def test_narrow_models_are_computed_by_few_threads(
     hidden_size: int, processors: int, threads: int
 ) -> None:
     assert suitable_threads(hidden_size, processors) == threads
+
+
+@pytest.mark.parametrize(
+    ("content", "processors"),
+    [
+        ("200000 100000", 2),
+        ("250000 100000", 2),
+        ("50000 100000", 1),
+        ("9900000 100000", 8),
+        ("max 100000", 8),
+        ("", 8),
+        (None, 8),
+    ],
+)
+def test_a_container_uses_the_processors_it_is_granted(
+    content: str | None, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    quota = tmp_path / "cpu.max"
+    if content is not None:
+        quota.write_text(content)
+    assert usable_processors(quota) == processors
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from holdfast.engine.fingerprint import fingerprint
 from holdfast.engine.interface import BaseModelInfo, EngineError
 from holdfast.engine.revision import NUMERIC_FILES, revision
 
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _OTHER_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model")
 
 
@@ -104,11 +105,19 @@ def suitable_threads(hidden_size: int, processors: int) -> int:
     return max(1, min(processors, hidden_size**2 >> 13))
 
 
-def usable_processors() -> int:
-    """Processors that this process may use."""
+def usable_processors(quota: Path = _CPU_QUOTA) -> int:
+    """Processors that this process may use; in a container those that it is granted.
+
+    `quota` is a cgroup's cpu.max: the microseconds that it may run ("max": any) in each period.
+    """
+    count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    try:
+        granted, period = quota.read_text().split()
+        return max(1, min(count, int(granted) // int(period)))
+    except (OSError, ValueError):
+        return count
 
 
 @contextlib.contextmanager
