@@ -88,7 +88,13 @@ def test_a_run_is_shown_with_its_checkpoints(run: str) -> None:
     assert (shown["base_model"], shown["lora_rank"]) == (MODEL, 4)
     assert shown["last_checkpoint"] == f"tinker://{run}/weights/two"
     assert len(shown["checkpoints"]) == 3
+    status = shown["status"]
+    assert status["state"] in ("live", "idle", "evicted")
+    assert status["position"] == 7
+    assert 0 < status["snapshot"]["position"] <= 7
+    assert status["recoveries"] == status["replayed"] == 0
     text = holdfast("run", "info", run).stdout
+    assert f"position {status['snapshot']['position']}" in text
     assert "[bold]greeting[/]" in text
     assert run in holdfast("run", "list").stdout
 

@@ -89,7 +89,8 @@ class ModelRun:
         self.late_marks: dict[int, list[int]] = {}
         self.following: dict[int, float] = {}
         """Missing numbers, and since when a later one has been there."""
-        self.refused = False
+        self.refused_to = -1
+        """Up to here a refusal explains what is missing."""
         self.ending: str | None = None
         """The code with which operations fail that the run's end overtook."""
         self.cut: int | None = None
@@ -107,7 +108,7 @@ class ModelRun:
 
     def lease(self, seq: int) -> float:
         """The shortest time for which a missing number is waited for."""
-        if self.refused:
+        if seq <= self.refused_to:
             return LEASE_AFTER_REFUSAL
         before = self.ops.get(seq - 1)
         if self.client == "elixir" and before is not None and before.kind == bodies.FORWARD:

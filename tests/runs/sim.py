@@ -38,8 +38,9 @@ from holdfast.runs import (
     samplers,
     service,
     sessions,
+    turns,
 )
-from holdfast.runs.engines import Engines
+from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, Engines
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.service import Runs
 from holdfast.store import LocalStore
@@ -59,6 +60,7 @@ _TIMED = (
     samplers,
     service,
     sessions,
+    turns,
 )
 """The modules that read the clock."""
 
@@ -205,7 +207,8 @@ class _Files(LocalFiles):
 class World:
     """The files of a server, and the server that runs over them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, adapter_memory: int = DEFAULT_ADAPTER_MEMORY) -> None:
+        self.adapter_memory = adapter_memory
         shared = Path("/dev/shm")
         self.root = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
         self.random = random.Random(seed)
@@ -243,7 +246,7 @@ class World:
             monotonic=self.clock.monotonic,
         )
         self.catalog = SimCatalog(self)
-        self.runs = Runs(self.catalog, self.store, Engines([NAME], self._start_engine))
+        self.runs = Runs(self.catalog, self.store, self._engines())
         self.loop.run_until_complete(self.runs.start())
 
     def kill(self) -> None:
@@ -353,6 +356,9 @@ class World:
     async def _to_thread(self, call: Callable[..., Any], *args: Any) -> Any:
         await asyncio.sleep(self.pause("thread"))
         return call(*args)
+
+    def _engines(self) -> Engines:
+        return Engines([NAME], self._start_engine, adapter_memory=self.adapter_memory)
 
     def _time(self) -> SimpleNamespace:
         return SimpleNamespace(time=self.clock.time, monotonic=self.clock.monotonic)

@@ -21,6 +21,7 @@ from holdfast.runs.order import (
     GAP_LEASE_AFTER_REFUSAL,
     GAP_LEASE_ELIXIR,
     GAP_LEASE_ELIXIR_FORWARD,
+    REFUSAL_REACHES,
     Accept,
     Entry,
     Gap,
@@ -119,6 +120,21 @@ def test_a_refusal_shortens_the_wait() -> None:
     assert order.next(0.0) == Gap(1, GAP_LEASE)
     order.refused()
     assert order.next(1.0) == Gap(1, GAP_LEASE_AFTER_REFUSAL)
+
+
+def test_a_refusal_explains_no_number_that_was_given_out_long_after_it() -> None:
+    kinds = ["optim_step"] * (REFUSAL_REACHES + 1)
+    order = executed("create")
+    assert order.refused(1) == 1 + REFUSAL_REACHES
+    for seq in range(1, 1 + len(kinds)):
+        submit(order, seq)
+        execute(order, seq)
+    submit(order, len(kinds) + 2)
+    assert order.next(0.0) == Gap(len(kinds) + 1, GAP_LEASE)
+    again = executed("create", *kinds[:-1])
+    again.refused_to = order.refused_to  # as after a restart
+    submit(again, len(kinds) + 1)
+    assert again.next(0.0) == Gap(len(kinds), GAP_LEASE_AFTER_REFUSAL)
 
 
 def test_the_lease_of_a_gap_runs_only_while_everything_before_it_is_settled() -> None:

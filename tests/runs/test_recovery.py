@@ -226,8 +226,9 @@ def test_a_damaged_snapshot_does_not_displace_an_intact_one(
 
 
 def test_a_run_that_cannot_be_rebuilt_says_what_is_damaged_and_where_to_go_on(
-    clients: Clients,
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
     save(clients, "oldest")
     for x, name in enumerate(("newer", "newest")):
         train(clients, x)
@@ -328,3 +329,61 @@ def test_a_model_whose_client_goes_away_is_created_whole_or_not_at_all(clients: 
         assert outcome is not None and outcome.failure is None
     with pytest.raises(RunError):
         clients._do(lambda: runs.live(f"{session.id}:train:999", OWNER))
+
+
+# --- A locked database ----------------------------------------------------------------------
+
+
+def test_a_deletion_that_the_database_interrupts_is_finished_by_its_repetition(
+    clients: Clients,
+) -> None:
+    save(clients, "a")
+    clients.all_end()
+    key = NameKey(clients.all[0].id, "weights", "a")
+    clients._world.refuse_commits = 2
+    clients._do(lambda: clients._world.runs.checkpoints.delete(key, OWNER))
+    assert clients._do(lambda: clients._world.runs.checkpoints.page(OWNER)) == ([], 0)
+    with pytest.raises(RunError):
+        clients._do(lambda: clients._world.runs.checkpoints.delete(key, OWNER))
+
+
+# --- Refusals -------------------------------------------------------------------------------
+
+
+def test_what_a_refusal_explains_is_not_waited_for_longer_after_a_restart(clients: Clients) -> None:
+    clients._do(lambda: clients._world.runs.refused_without_number(OWNER))
+    clients.kill()
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1), seq=2)
+    run.refused_to = 2
+    clients.all_end()
+    assert clients._now - 1000.0 < 30.0
+
+
+# --- Deaths that are another's --------------------------------------------------------------
+
+
+def kill_beside_a_save(clients: Clients) -> None:
+    """One run's operation kills the worker each time, while another's save is written."""
+    clients.create(pick=0, rank=1)
+    killer, saver = clients.all
+    clients.all_end()
+    clients._world.pause = lambda what: 0.5 if what == "write" else 0.01  # type: ignore[method-assign]
+    clients._world.lives[-1]._pause = clients._world.pause
+    clients._submit(saver, bodies.SAVE_WEIGHTS, Save("a"))
+    for x in range(2):
+        clients._submit(killer, FORWARD_BACKWARD, batch(x, kills=True))
+    check_all(clients)
+
+
+def test_a_save_beside_which_others_kill_the_worker_is_made(clients: Clients) -> None:
+    kill_beside_a_save(clients)
+
+
+def test_a_save_that_is_not_written_alone_is_blamed_for_others(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.runs.publishing.is_last", lambda _: False)
+    monkeypatch.setattr("holdfast.runs.driver.is_last", lambda _: False)
+    with pytest.raises(AssertionError):
+        kill_beside_a_save(clients)

@@ -33,6 +33,7 @@ from holdfast.runs import bodies
 from holdfast.runs.bodies import Body, CreateFromState, Load, OptimStep, Save, SaveSampler
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Outcome
+from holdfast.runs.order import REFUSAL_REACHES
 from holdfast.runs.run import Run
 from holdfast.runs.sessions import Session
 from holdfast.store import NameKey
@@ -250,8 +251,8 @@ class Clients(RuleBasedStateMachine):
             await (await self._world.runs.live(run.id, OWNER)).refuse(seq, kind, failure)
 
         started = self._now
+        run.refused_to = max(run.refused_to, max(seq, run.highest) + REFUSAL_REACHES)
         self._do(call)
-        run.refused = True
         op = Op(seq, kind, b"", "refused", self._request_id(run, seq), refused_at=started)
         self._enter(run, op, started)
 

@@ -301,12 +301,18 @@ class ToyCapture:
 
     def __init__(self, engine: ToyEngine, state: ToyState, optimizer: bool) -> None:
         self.state = state.info
+        self._engine = engine
         self._writing = asyncio.create_task(engine.write(state, optimizer))
         # A worker's death is noticed by whoever waits for the result, perhaps nobody.
         self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def written(self) -> Captured:
-        return await self._writing
+        died = asyncio.create_task(self._engine.wait_died())
+        await asyncio.wait([self._writing, died], return_when=asyncio.FIRST_COMPLETED)
+        died.cancel()
+        if not self._writing.done():
+            raise WorkerDied("it died while it wrote")
+        return self._writing.result()
 
 
 def base_info(fingerprint: Mapping[str, Any] | None = None) -> BaseModelInfo:

@@ -74,6 +74,12 @@ runs = Table(
     Column("idempotency_key", String),
     Column("corrupted", Boolean, nullable=False),
     Column("parent", String),  # manifest that the run was created from
+    Column("refused_to", BigInteger),  # a refusal explains why numbers up to here are missing
+    Column("recoveries", Integer, nullable=False, server_default="0"),
+    Column("replayed", Integer, nullable=False, server_default="0"),  # operations, in all of them
+    # Replayed under other numerics with another result: how many, and the first since the last.
+    Column("divergences", Integer, nullable=False, server_default="0"),
+    Column("diverged_at", BigInteger),
     Index("ix_runs_owner_created", "owner", "created"),
 )
 

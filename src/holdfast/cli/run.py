@@ -54,19 +54,18 @@ def list_(limit: int, url: str, api_key: str, as_json: bool) -> None:
         say("there are no runs")
         return
     print_table(
-        ("run", "base model", "rank", "last request (UTC)", "last checkpoint", ""),
+        ("run", "state", "position", "base model", "last request (UTC)"),
         [
             (
                 run.training_run_id,
+                _state(run),
+                None if run.status is None else run.status.position,
                 run.base_model,
-                run.lora_rank,
                 run.last_request_time,
-                None if run.last_checkpoint is None else run.last_checkpoint.checkpoint_id,
-                "corrupted" if run.corrupted else None,
             )
             for run in found
         ],
-        right="rank",
+        right="position",
     )
     if page.cursor.total_count > len(found):
         say(f"{len(found)} of {page.cursor.total_count} shown; --limit shows more")
@@ -95,7 +94,7 @@ def info(run: str, url: str, api_key: str, as_json: bool) -> None:
             ("base model", found.base_model),
             ("LoRA rank", found.lora_rank),
             ("last request", found.last_request_time),
-            ("corrupted", "yes: its replay gave other results" if found.corrupted else None),
+            *_standing(found),
             *((f"metadata {key}", value) for key, value in sorted(metadata.items())),
         ]
     )
@@ -108,6 +107,33 @@ def info(run: str, url: str, api_key: str, as_json: bool) -> None:
             ],
             right="step size",
         )
+
+
+def _state(run: TrainingRun) -> str | None:
+    if run.status is not None:
+        return run.status.state
+    return "corrupted" if run.corrupted else None
+
+
+def _standing(run: TrainingRun) -> list[tuple[str, Any]]:
+    """Where a run stands, and what it has gone through."""
+    status = run.status
+    state = "corrupted: its replay gave other results" if run.corrupted else _state(run)
+    if status is None:
+        return [("state", state)]
+    snapshot = status.snapshot
+    recovered = f"{status.recoveries}, with {status.replayed} operations replayed"
+    diverged = f"{status.divergences} replayed under other numerics, the last from"
+    return [
+        ("state", state),
+        ("note", status.note),
+        ("position", status.position),
+        ("pending", status.pending or None),
+        ("last snapshot", None if snapshot is None else f"position {snapshot.position}"),
+        ("snapshot made", None if snapshot is None else snapshot.time),
+        ("recoveries", recovered if status.recoveries else None),
+        ("diverged", f"{diverged} {status.diverged_at}" if status.divergences else None),
+    ]
 
 
 def _as_document(run: TrainingRun) -> dict[str, Any]:
@@ -123,4 +149,5 @@ def _as_document(run: TrainingRun) -> dict[str, Any]:
         "last_checkpoint": None if last is None else last.tinker_path,
         "last_sampler_checkpoint": None if sampler is None else sampler.tinker_path,
         "user_metadata": run.user_metadata or {},
+        "status": None if run.status is None else run.status.to_json(),
     }

@@ -56,6 +56,14 @@ from holdfast.cli.options import data_dir, read_config, store
     show_default=True,
     help="cpu, cuda, cuda:1, … or auto.",
 )
+@click.option(
+    "--adapter-memory",
+    type=click.IntRange(1, 1 << 30),
+    default=4096,
+    show_default=True,
+    metavar="MIB",
+    help="Memory for the states of idle runs; those used longest ago are read back when needed.",
+)
 def command(
     host: str,
     port: int,
@@ -65,6 +73,7 @@ def command(
     threads: int,
     token_budget: int,
     device: str,
+    adapter_memory: int,
 ) -> None:
     """Serve training over HTTP.
 
@@ -96,6 +105,7 @@ def command(
                 threads=threads,
                 token_budget=token_budget,
                 device=device,
+                adapter_memory=adapter_memory << 20,
             )
         )
     except CannotUse as error:

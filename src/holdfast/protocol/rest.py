@@ -10,6 +10,32 @@ from holdfast.protocol.bodies import Body, Metadata, Text, Time
 from holdfast.protocol.checkpoints import Checkpoint, Cursor
 
 
+class RunSnapshot(Body):
+    position: int
+    time: Time
+
+
+class RunStatus(Body):
+    """Where a run stands. Other servers send none, and other clients read none."""
+
+    state: str
+    """live, idle, evicted (from the worker's memory), recovering; ended, lost, stored, corrupted"""
+    position: int | None = None
+    """The highest number of an operation whose effect is complete."""
+    pending: int = 0
+    """Operations that have no outcome yet."""
+    snapshot: RunSnapshot | None = None
+    """The newest automatic recovery point."""
+    recoveries: int = 0
+    replayed: int = 0
+    """Operations that were executed again, in all recoveries."""
+    divergences: int = 0
+    """Those of them that gave another result, under other numerics."""
+    diverged_at: int | None = None
+    note: str | None = None
+    """What the run waits for, or why it ended."""
+
+
 class TrainingRun(Body):
     training_run_id: Text
     base_model: str
@@ -22,6 +48,7 @@ class TrainingRun(Body):
     """The newest training checkpoint."""
     last_sampler_checkpoint: Checkpoint | None = None
     user_metadata: Metadata | None = None
+    status: RunStatus | None = None
 
 
 class TrainingRunsResponse(Body):

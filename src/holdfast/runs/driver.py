@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from contextlib import suppress
+from typing import Literal
 
 from holdfast import failpoints
 from holdfast.engine.interface import EngineError, RunConfig, WorkerDied
@@ -16,7 +17,7 @@ from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.order import Entry, Gap, State
 from holdfast.runs.placement import Placement
-from holdfast.runs.poison import count_death
+from holdfast.runs.poison import count_death, is_last
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import Recovery
 from holdfast.runs.run import Run
@@ -27,6 +28,9 @@ IDLE_BEFORE_SNAPSHOT = 10.0
 """Seconds without an operation after which what was done since the last snapshot is kept."""
 IDLE_BEFORE_EVICTION = 300.0
 """Seconds without an operation after which a run leaves the worker's memory."""
+Standing = Literal["live", "idle", "evicted", "recovering"]
+"""Has something to do; has nothing, and is in a worker's memory or is not; is being rebuilt."""
+
 MOST_STALLED = 600.0
 """Seconds for which operations wait for a recovery that cannot go on, until they fail."""
 _BASE_MODEL_PAUSE = 5.0
@@ -38,10 +42,29 @@ class Driver:
 
     def __init__(self, run: Run, samplers: Samplers) -> None:
         self._run = run
-        self._placement = Placement(str(run.key))
+        self._placement = Placement(str(run.key), self._asked_to_leave, self._is_wanted)
+        self._leaving = False
         self._publisher = Publisher(run, self._placement, samplers)
         self._recovery = Recovery(run, self._placement, self._publisher, self)
         self._stalled_since: float | None = None
+
+    def _asked_to_leave(self) -> None:
+        """Others need the worker's memory. A run that computes stays."""
+        self._leaving = True
+        self._run.wake.set()
+
+    def _is_wanted(self) -> bool:
+        """Whether what the run computes is waited for: a recovery may be of no hurry."""
+        return not self._recovery.under_way or self._run.wanted
+
+    @property
+    def standing(self) -> Standing:
+        """What the run is doing."""
+        if self._recovery.under_way:
+            return "recovering"
+        if self._run.order.unsettled:
+            return "live"
+        return "idle" if self._placement.held else "evicted"
 
     async def drive(self) -> None:
         """Run until the run is closing or has ended."""
@@ -134,6 +157,13 @@ class Driver:
     async def _idle(self) -> None:
         """Wait for the next operation. Meanwhile keep what there is, later leave the memory."""
         run = self._run
+        if self._leaving and self._placement.held:
+            self._leaving = False
+            try:
+                await self._keep()
+                await self._evict()
+            except (WorkerDied, EngineError):
+                self._placement.lost()
         for seconds, then in (
             (IDLE_BEFORE_SNAPSHOT, self._keep),
             (IDLE_BEFORE_EVICTION - IDLE_BEFORE_SNAPSHOT, self._evict),
@@ -159,6 +189,7 @@ class Driver:
         await self._publisher.settled()
         if not self._publisher.behind and not self._run.order.unsettled:
             await self._placement.drop()
+            self._recovery.evicted = True
             self._run.log.info("left the worker's memory", position=self._run.order.position)
 
     async def _wait_for(self, gap: Gap) -> None:
@@ -194,6 +225,7 @@ class Driver:
 
     async def _take(self, entry: Entry) -> None:
         run, order = self._run, self._run.order
+        self._leaving = False
         creating = entry.kind in (bodies.CREATE, bodies.CREATE_FROM_STATE)
         try:
             if not creating and not await self._recovery.attach():
@@ -286,7 +318,7 @@ class Driver:
     async def compute(self, entry: Entry, body: bytes) -> bytes:
         """Perform a forward, forward_backward or optim_step; the bytes of its result."""
         key = self._placement.key
-        async with self._placement.computing() as (engine, _):
+        async with self._placement.computing(alone=is_last(entry)) as (engine, _):
             match entry.kind:
                 case bodies.FORWARD:
                     return await engine.forward(key, entry.seq, body)
@@ -300,7 +332,7 @@ class Driver:
     async def create(self, config: RunConfig) -> None:
         """Give a worker the initial state."""
         host = self._run.services.engines[config.base_model]
-        async with host.computing() as (engine, life):
+        async with host.computing(self._is_wanted) as (engine, life):
             await engine.create(self._placement.key, config)
         self._placement.put(host, life)
 
@@ -309,12 +341,13 @@ class Driver:
     ) -> None:
         """Give a worker the state of a checkpoint."""
         host = self._run.services.engines[config.base_model]
-        async with host.computing() as (engine, life):
+        async with host.computing(self._is_wanted) as (engine, life):
             self._placement.check(host, life)
             await engine.restore(
                 self._placement.key, config, manifest.files, optimizer=body.optimizer
             )
         self._placement.put(host, life)
+        self._placement.takes(manifest.files)
 
     async def _load(self, entry: Entry, body: Load | CreateFromState) -> None:
         run = self._run

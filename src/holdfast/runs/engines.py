@@ -11,6 +11,8 @@ import structlog
 
 from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, Worker, WorkerDied
 from holdfast.runs.errors import RunError
+from holdfast.runs.residents import Residents
+from holdfast.runs.turns import Turns
 
 StartEngine = Callable[[str], Awaitable[Worker]]
 """Starts the worker of a base model, by its name."""
@@ -21,6 +23,10 @@ _RESTART_PAUSE = (0.0, 1.0, 5.0, 15.0, 60.0)
 HUNG_AFTER = 600.0
 """Seconds without progress after which a worker that has something to do is ended."""
 _WATCH_EVERY = 10.0
+_WRITES_TAKE = 120.0
+"""Seconds after which what is being written is no longer waited for: a full disk is, for 60 s."""
+DEFAULT_ADAPTER_MEMORY = 4 << 30
+"""Bytes of weights and optimizer states that a worker keeps of runs that are not computing."""
 
 _log = structlog.get_logger("holdfast.engines")
 
@@ -32,13 +38,15 @@ class StateGone(WorkerDied):
 class Host:
     """The worker of one base model, through all its lives."""
 
-    def __init__(self, name: str, start: StartEngine) -> None:
+    def __init__(self, name: str, start: StartEngine, adapter_memory: int) -> None:
         self.name = name
         self.life = 0
         """Counts starts: a run whose state was put into another life is no longer there."""
-        self.turn = asyncio.Lock()
-        """Held while an operation computes. Waiters are served in the order they came, so runs
-        take turns."""
+        self.turns = Turns()
+        """One is held while an operation computes, so that runs take turns."""
+        self.residents = Residents(adapter_memory)
+        """The runs whose state the worker holds."""
+        self._writing: set[asyncio.Task[None]] = set()
         self._start = start
         self._engine: Worker | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -106,12 +114,15 @@ class Host:
                 return
 
     @asynccontextmanager
-    async def computing(self) -> AsyncIterator[tuple[Engine, int]]:
+    async def computing(
+        self, wanted: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[tuple[Engine, int]]:
         """The worker and its life, for one operation that gives it a state.
 
-        It computes nothing else meanwhile; when it dies, the next one gets a new worker.
+        It computes nothing else meanwhile; when it dies, the next one gets a new worker. Those
+        that are `wanted` go first.
         """
-        async with self.turn:
+        async with self.turns.take(wanted):
             engine, _, life = await self.engine()
             try:
                 yield engine, life
@@ -121,11 +132,22 @@ class Host:
                 self.lost(life)
                 raise
 
+    def writes(self, task: asyncio.Task[None]) -> None:
+        """The worker writes a copied state, until that task is done."""
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def written(self) -> None:
+        """Wait until nothing that was copied is still being written, for a while at most."""
+        if self._writing:
+            await asyncio.wait(list(self._writing), timeout=_WRITES_TAKE)
+
     def lost(self, life: int) -> None:
         """A call of that life raised WorkerDied: the next one gets a new worker."""
         if life == self.life and self._engine is not None:
             _log.error("worker died", model=self.name, life=life)
             self._engine = None
+            self.residents.clear()
 
     async def _supervise(self, engine: Worker, life: int) -> None:
         """Notice its death also while nobody calls it, end it when it hangs, replace it."""
@@ -155,8 +177,14 @@ class Host:
 class Engines:
     """All hosts, by the name of their base model."""
 
-    def __init__(self, models: Sequence[str], start: StartEngine) -> None:
-        self._hosts = {name: Host(name, start) for name in models}
+    def __init__(
+        self,
+        models: Sequence[str],
+        start: StartEngine,
+        *,
+        adapter_memory: int = DEFAULT_ADAPTER_MEMORY,
+    ) -> None:
+        self._hosts = {name: Host(name, start, adapter_memory) for name in models}
 
     @property
     def models(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,6 +244,7 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
             operations.c.state,
             operations.c.mark_at,
             operations.c.accepted,
+            operations.c.attempts,
         )
         .where(
             _of(key)
@@ -257,7 +258,14 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
     )
     return [
         Journaled(
-            Entry(r.seq, r.kind, r.body_hash, State(r.state), late=r.mark_at is not None),
+            Entry(
+                r.seq,
+                r.kind,
+                r.body_hash,
+                State(r.state),
+                attempts=r.attempts,
+                late=r.mark_at is not None,
+            ),
             r.mark_at,
             r.accepted,
         )
@@ -319,6 +327,47 @@ def recovery_points(connection: Connection, key: RunKey) -> list[tuple[int, str]
         .order_by(snapshots.c.seq.desc())
     )
     return [(row.seq, row.manifest) for row in rows]
+
+
+def note_refusal(connection: Connection, key: RunKey, refused_to: int) -> None:
+    """Note up to which number a refusal explains that one is missing."""
+    connection.execute(
+        runs.update()
+        .where((runs.c.id == key.id) & (runs.c.generation == key.generation))
+        .values(refused_to=refused_to)
+    )
+
+
+def note_recovery(
+    connection: Connection, key: RunKey, *, replayed: int, diverged: Sequence[int]
+) -> None:
+    """Count a recovery, and the replayed operations that gave other results."""
+    values: dict[str, Any] = {
+        "recoveries": runs.c.recoveries + 1,
+        "replayed": runs.c.replayed + replayed,
+    }
+    if diverged:
+        values |= {
+            "divergences": runs.c.divergences + len(diverged),
+            "diverged_at": min(diverged),
+        }
+    connection.execute(
+        runs.update()
+        .where((runs.c.id == key.id) & (runs.c.generation == key.generation))
+        .values(values)
+    )
+
+
+def newest_snapshots(
+    connection: Connection, keys: Sequence[RunKey]
+) -> dict[RunKey, tuple[int, float]]:
+    """(position, UTC seconds) of the newest snapshot, for each run that has one."""
+    rows = connection.execute(
+        sa.select(snapshots.c.run_id, snapshots.c.generation, snapshots.c.seq, snapshots.c.created)
+        .where(snapshots.c.run_id.in_([key.id for key in keys]))
+        .order_by(snapshots.c.seq)
+    )
+    return {RunKey(r.run_id, r.generation): (r.seq, r.created) for r in rows}
 
 
 def drop_snapshots(connection: Connection, key: RunKey, seqs: Iterable[int]) -> None:

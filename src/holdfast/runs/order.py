@@ -19,7 +19,10 @@ GAP_LEASE_ELIXIR = 10.0
 GAP_LEASE_ELIXIR_FORWARD = 120.0
 """... but between the forward and the reserved backward of a custom loss, later ones overtake."""
 GAP_LEASE_AFTER_REFUSAL = 5.0
-"""Once a definite refusal was given, the missing number is most likely the refused one."""
+"""Once a definite refusal was given, the missing number is most likely the refused one ..."""
+REFUSAL_REACHES = 32
+"""... or one that its client gave up with it: so far above the highest number there is. Numbers
+beyond were given out later, and are missing for another reason."""
 
 
 class State(StrEnum):
@@ -56,6 +59,8 @@ class Entry:
     kind: str
     body_hash: str | None
     state: State = State.ACCEPTED
+    attempts: int = 0
+    """Deaths of a worker while it ran."""
     late: bool = False
     """Came after it had been skipped: its place is empty, its mark has a place of its own."""
 
@@ -75,7 +80,14 @@ class Order:
     snapshot can rewind to, `position` the newest. Times are seconds of a monotonic clock.
     """
 
-    def __init__(self, *, elixir: bool = False, position: int = -1, floor: int = -1) -> None:
+    def __init__(
+        self,
+        *,
+        elixir: bool = False,
+        position: int = -1,
+        floor: int = -1,
+        refused_to: int = -1,
+    ) -> None:
         self.elixir = elixir
         self.position = position
         """Every number up to here has been passed."""
@@ -84,7 +96,8 @@ class Order:
         self._entries: dict[int, Entry] = {}
         self._unsettled: set[int] = set()
         self._highest = position
-        self._refused = False
+        self.refused_to = refused_to
+        """Up to here, a refusal explains why a number is missing."""
         self._gap: tuple[int, float] | None = None
         self._late_marks: dict[int, list[int]] = {}
         self._held = False
@@ -159,9 +172,14 @@ class Order:
         while (after := self._entries.get(self._reached + 1)) is not None and after.state.settled:
             self._reached += 1
 
-    def refused(self) -> None:
-        """A definite refusal was given: shortens the wait for gaps."""
-        self._refused = True
+    def refused(self, seq: int | None = None) -> int:
+        """A definite refusal was given, of `seq` where that is known: shortens the wait for gaps.
+
+        Returns up to which number.
+        """
+        highest = self._highest if seq is None else max(seq, self._highest)
+        self.refused_to = max(self.refused_to, highest + REFUSAL_REACHES)
+        return self.refused_to
 
     def hold(self) -> int:
         """Begin nothing more, until `go_on`: a late request is being journaled.
@@ -262,7 +280,7 @@ class Order:
             del self._late_marks[at]
 
     def _lease(self) -> float:
-        if self._refused:
+        if self.position < self.refused_to:
             return GAP_LEASE_AFTER_REFUSAL
         if not self.elixir:
             return GAP_LEASE

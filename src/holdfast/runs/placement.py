@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 
-from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, WorkerDied
+from holdfast.engine.interface import (
+    ADAPTER_WEIGHTS,
+    BaseModelInfo,
+    Engine,
+    EngineError,
+    WorkerDied,
+)
 from holdfast.runs.engines import Host, StateGone
+from holdfast.store import Blob
 
 
 class Placement:
-    """The worker that holds the state of the run `key`. A state does not survive its worker."""
+    """The worker that holds the state of the run `key`. A state does not survive its worker.
 
-    def __init__(self, key: str) -> None:
+    `leave` asks the run to take its state out of the worker's memory; `wanted` says whether
+    somebody waits for what it computes.
+    """
+
+    def __init__(self, key: str, leave: Callable[[], None], wanted: Callable[[], bool]) -> None:
         self.key = key
+        self._leave = leave
+        self.wanted = wanted
         self.host: Host | None = None
         self._life: int | None = None
 
@@ -31,14 +44,22 @@ class Placement:
         return engine, info
 
     @asynccontextmanager
-    async def computing(self) -> AsyncIterator[tuple[Engine, BaseModelInfo]]:
+    async def computing(
+        self, *, alone: bool = False
+    ) -> AsyncIterator[tuple[Engine, BaseModelInfo]]:
         """The worker that holds the state, for one operation: it computes nothing else meanwhile.
 
+        `alone`: nor does it write what was copied, so that a death is this operation's for sure.
         Raises StateGone, so that a death that came before is not laid to this operation.
         """
-        assert self.host is not None
-        async with self.host.turn:
-            yield await self.engine()
+        host = self.host
+        assert host is not None
+        async with host.turns.take(self.wanted):
+            if alone:
+                await host.written()
+            engine = await self.engine()
+            host.residents.used(self.key)
+            yield engine
 
     def check(self, host: Host, life: int) -> None:
         """Whether that life of the host's worker may be given the state; `put` says that it has it.
@@ -51,8 +72,20 @@ class Placement:
 
     def put(self, host: Host, life: int) -> None:
         """That life of the host's worker holds the state now."""
+        if self.host is not None and self.host is not host:
+            self.host.residents.gone(self.key)
         self.host = host
         self._life = life
+        if life == host.life:
+            host.residents.put(self.key, self._leave)
+
+    def takes(self, manifest_files: Mapping[str, Blob]) -> None:
+        """The state is that of these files: the worker keeps four numbers where they have a weight.
+
+        Its weights, two moments of the optimizer, and gradients.
+        """
+        if self.held and self.host is not None and ADAPTER_WEIGHTS in manifest_files:
+            self.host.residents.used(self.key, 4 * manifest_files[ADAPTER_WEIGHTS].size)
 
     @property
     def held_by(self) -> tuple[Host, int]:
@@ -80,4 +113,6 @@ class Placement:
             with suppress(WorkerDied, EngineError):
                 engine, _ = await self.engine()
                 await engine.drop(self.key)
+                assert self.host is not None
+                self.host.residents.gone(self.key)
         self._life = None

@@ -28,7 +28,7 @@ from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Kept, Outcome
 from holdfast.runs.order import Entry
 from holdfast.runs.placement import Placement
-from holdfast.runs.poison import count_death
+from holdfast.runs.poison import count_death, is_last
 from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
 from holdfast.store import Manifest, NameKey
@@ -135,7 +135,7 @@ class Publisher:
             run.order.passed(entry.seq)
             run.settle(entry.seq, published.outcome, target=published.manifest)
             return
-        copy = await self._capture(optimizer=isinstance(save, Save))
+        copy = await self._capture(optimizer=isinstance(save, Save), alone=is_last(entry))
         covered = 0.0
         if isinstance(save, Save):  # becomes a recovery point
             covered, self.computed = self.computed, 0.0
@@ -173,6 +173,7 @@ class Publisher:
         try:
             try:
                 captured = await copy.capture.written()
+                self._placement.takes(captured.files)
             except WorkerDied:
                 failure = await count_death(run, entry)
                 if failure is not None:
@@ -255,6 +256,7 @@ class Publisher:
         try:
             try:
                 captured = await copy.capture.written()
+                self._placement.takes(captured.files)
             except WorkerDied:
                 self._died_at_snapshot()
                 raise
@@ -333,10 +335,13 @@ class Publisher:
         manifest = self.manifest(captured, copy.info, seq, name=name, expires=expires)
         await self._publish(manifest, replace=True)
 
-    async def _capture(self, *, optimizer: bool) -> _Copy:
-        async with self._placement.computing() as (engine, info):
+    async def _capture(self, *, optimizer: bool, alone: bool = False) -> _Copy:
+        async with self._placement.computing(alone=alone) as (engine, info):
             host, life = self._placement.held_by
             capture = await engine.capture(self._placement.key, optimizer=optimizer)
+            if alone:
+                with suppress(EngineError):  # told to whoever publishes it
+                    await capture.written()
         return _Copy(capture, info, host, life)
 
     async def _publish(self, manifest: Manifest, *, replace: bool = False) -> str:
@@ -362,6 +367,7 @@ class Publisher:
             self._run.wake.set()
 
         self._tail = asyncio.create_task(after())
+        copy.host.writes(self._tail)
         self._tail.add_done_callback(self._report)
 
     def _report(self, task: asyncio.Task[None]) -> None:

@@ -68,7 +68,13 @@ class Recovery:
         self._to = -1
         self._deaths = 0
         self.given_up = False
-        """The state cannot be brought back; the run has ended."""
+        """The state cannot be brought back, so that the run has ended."""
+        self.under_way = False
+        """The state is being brought back."""
+        self.evicted = False
+        """The run left the worker's memory of its own accord: its return is no recovery."""
+        self._replayed = 0
+        self._differing: list[int] = []
         self.diverged = False
         """A replay gave another result than the first time."""
         self._marked: set[int] = set()
@@ -89,6 +95,7 @@ class Recovery:
         # A replay compares with the outcomes that are in the journal.
         await run.recorded()
         self._marked.clear()
+        self.under_way = True
         run.note = "recovering"
         self._to = run.order.reached
         points = await run.services.catalog.read(lambda c: journal.recovery_points(c, run.key))
@@ -97,7 +104,7 @@ class Recovery:
             try:
                 manifest = await run.services.checkpoints.manifest(manifest_id)
                 self._publisher.numerics = dict(manifest.fingerprint)
-                async with host.computing() as (engine, life):
+                async with host.computing(self._placement.wanted) as (engine, life):
                     await engine.restore(
                         self._placement.key,
                         run.info.config,
@@ -114,6 +121,7 @@ class Recovery:
                 damaged[seq] = error.message
                 continue
             await self._restored(host, life, seq, damaged)
+            self._placement.takes(manifest.files)
             return False
         if run.order.replays_from_start:
             # Nothing of it is lost as long as every body is there; no state is needed for that.
@@ -131,8 +139,9 @@ class Recovery:
         self._publisher.snapshot_at = self._publisher.changed_at = seq
         self._placement.put(host, life)
         run.log.info("restored", position=seq, to=self._to)
+        self._replayed, self._differing = 0, []
         if seq >= self._to:
-            self._deaths = 0
+            await self._complete()
         if damaged:  # or else the next snapshot would take the place of an intact one
             await run.write_patiently(lambda c: journal.drop_snapshots(c, run.key, damaged))
 
@@ -172,14 +181,30 @@ class Recovery:
 
     async def passed(self) -> None:
         """An operation was replayed. At the end of a recovery, keep what it has brought."""
+        if not self.under_way:
+            return  # settled ahead of its turn, by a refusal or a skip
+        self._replayed += 1
         if self._run.order.position != self._to:
             return
-        self._deaths = 0
+        await self._complete()
         if self._publisher.due or self._other_numerics:
             try:
                 await self._publisher.snapshot()
             except WorkerDied:  # after the replay: none of its deaths
                 self._placement.lost()
+
+    async def _complete(self) -> None:
+        run, replayed, differing = self._run, self._replayed, self._differing
+        self._deaths = 0
+        self.under_way = False
+        run.note = None
+        evicted, self.evicted = self.evicted, False
+        if evicted and not replayed:
+            return
+        run.log.info("recovered", replayed=replayed, diverged=len(differing))
+        await run.write_patiently(
+            lambda c: journal.note_recovery(c, run.key, replayed=replayed, diverged=differing)
+        )
 
     async def apply_late_marks(self) -> None:
         """Mark the gradients for forward_backwards that came after they had been skipped."""
@@ -246,6 +271,7 @@ class Recovery:
     async def _diverged(self, entry: Entry) -> None:
         if self._other_numerics:
             self._run.log.warning("replay differs under other numerics", seq=entry.seq)
+            self._differing.append(entry.seq)
             return
         self.diverged = True
         await self._stop(

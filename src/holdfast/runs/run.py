@@ -33,6 +33,9 @@ _OUTCOMES_IN_MEMORY = 16 << 20
 _REQUEST_NOTED_EVERY = 1.0
 """Seconds for which the time of a run's last request is not written down again."""
 
+_WANTED_FOR = 60.0
+"""Seconds after a request for which its client is taken to wait: longer than between two polls."""
+
 _log = structlog.get_logger("holdfast.runs")
 
 
@@ -99,6 +102,8 @@ class Run:
         """What the run is busy with, for those who wait: recovering, waiting for a number, …"""
         self.log = _log.bind(run=str(key))
         self._request_noted = 0.0
+        self._asked: float | None = None
+        self._polls = 0
         self._bodies: dict[int, bytes] = {}
         self._bodies_size = 0
         self._recent = _Recent()
@@ -132,6 +137,7 @@ class Run:
     ) -> str:
         async with self._submitting:
             body_hash = journal.digest(body)
+            self._asked = time.monotonic()
             if self.ended is not None and seq not in self.order:
                 raise RunError(self.ended.code, self.ended.message, reason="gone")
             match self.order.classify(seq, kind, body_hash):
@@ -166,10 +172,14 @@ class Run:
 
     async def _refuse(self, seq: int, kind: str, failure: Failure) -> None:
         async with self._submitting:
-            self.order.refused()
+            refused_to = self.order.refused(seq)
+
+            def note(connection: Connection) -> None:
+                journal.note_refusal(connection, self.key, refused_to)
+
             if self.ended is None and seq not in self.order:
                 entry = Entry(seq, kind, None, State.FAILED)
-                await self._journal(entry, failure=failure)
+                await self._journal(entry, failure=failure, first=note)
                 self.order.add(entry)
             elif self.order.was_skipped(seq):
                 await self._accept_late(seq, kind, None, failure)
@@ -193,10 +203,13 @@ class Run:
             "needs a number of its own",
         )
 
-    def refused_without_number(self) -> None:
-        """A request that was perhaps this run's could not be read and was refused."""
-        self.order.refused()
+    def refused_without_number(self) -> int:
+        """A request that was perhaps this run's could not be read and was refused.
+
+        Returns the number up to which that explains gaps, to be noted.
+        """
         self.wake.set()
+        return self.order.refused()
 
     async def _accept_late(
         self, seq: int, kind: str, body_hash: str | None, failure: Failure
@@ -262,9 +275,14 @@ class Run:
         recent = self._recent.outcomes.get(seq)
         if recent is None and self._is_open(seq):
             event = self._waiting.setdefault(seq, asyncio.Event())
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await event.wait()
+            self._polls += 1
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(timeout):
+                        await event.wait()
+            finally:
+                self._polls -= 1
+                self._asked = time.monotonic()
             if not event.is_set():
                 return None
             recent = self._recent.outcomes.get(seq)
@@ -272,6 +290,13 @@ class Run:
             return recent
         found = await self.services.catalog.read(lambda c: journal.outcome(c, self.key, seq))
         return journal.expired(self.key, seq) if found is None else found
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for this run: by a held poll, or by a request just now."""
+        if self._polls > 0:
+            return True
+        return self._asked is not None and time.monotonic() - self._asked < _WANTED_FOR
 
     def delivered(self, seq: int) -> None:
         """An outcome was handed out: it is kept in the catalog only, and for a while only."""

@@ -277,7 +277,7 @@ class Samplers:
         for _ in range(_ATTEMPTS):
             engine, _, life = await host.engine()
             try:
-                async with host.turn:
+                async with host.turns.take():
                     return await engine.sample(files, body)
             except WorkerDied:
                 host.lost(life)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 import structlog
@@ -22,7 +22,7 @@ from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Body, Create, CreateFromState
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.copies import Copies
-from holdfast.runs.driver import Driver
+from holdfast.runs.driver import Driver, Standing
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable, not_found
 from holdfast.runs.journal import Failure, Outcome, RunKey
@@ -66,6 +66,29 @@ class RunRecord:
     config: RunConfig | None
     user_metadata: dict[str, str] | None
     corrupted: bool
+    refused_to: int = -1
+    recoveries: int = 0
+    replayed: int = 0
+    """Operations, in all recoveries."""
+    divergences: int = 0
+    """Replayed operations whose results differed, under other numerics."""
+    diverged_at: int | None = None
+    """The number of the first that differed in the newest recovery in which one did."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """Where a run stands."""
+
+    state: Standing | Literal["ended", "lost", "stored", "corrupted"]
+    position: int | None
+    """The highest number whose effect is complete; None when the run has ended."""
+    pending: int
+    """Operations that have no outcome yet."""
+    snapshot: tuple[int, float] | None
+    """Position and time (UTC seconds) of the newest snapshot."""
+    note: str | None
+    """What it waits for, or is busy with."""
 
 
 @dataclass(slots=True)
@@ -297,7 +320,10 @@ class Runs:
         points = await self.catalog.read(lambda c: journal.recovery_points(c, key))
         floor = await self.catalog.read(lambda c: journal.floor(c, key))
         order = Order(
-            elixir=session.client == ELIXIR, floor=floor, position=points[0][0] if points else -1
+            elixir=session.client == ELIXIR,
+            floor=floor,
+            position=points[0][0] if points else -1,
+            refused_to=record.refused_to,
         )
         found = list(await self.catalog.read(lambda c: journal.entries(c, key, above=floor)))
         order.read_back(item.entry for item in found)
@@ -346,6 +372,27 @@ class Runs:
             lambda c: c.scalar(sa.select(sa.func.count()).select_from(runs).where(where)) or 0
         )
         return await self._records(where, offset=offset, limit=limit, newest_first=True), total
+
+    async def statuses(self, records: Sequence[RunRecord]) -> dict[RunKey, RunStatus]:
+        """Where each of these runs stands."""
+        keys = [record.key for record in records]
+        newest = await self.catalog.read(lambda c: journal.newest_snapshots(c, keys))
+        return {record.key: self._status(record, newest.get(record.key)) for record in records}
+
+    def _status(self, record: RunRecord, snapshot: tuple[int, float] | None) -> RunStatus:
+        live = self._live.get(record.key.id)
+        if live is None or live.run.key != record.key or live.run.ended is not None:
+            state = record.state if record.state in ("lost", STORED) else "ended"
+            return RunStatus(
+                "corrupted" if record.corrupted else state,  # type: ignore[arg-type]
+                None,
+                0,
+                snapshot,
+                record.state_detail,
+            )
+        order = live.run.order
+        pending = len(order.unsettled)
+        return RunStatus(live.driver.standing, order.reached, pending, snapshot, live.run.note)
 
     async def config(self, model_id: str, owner: str, timeout: float) -> RunConfig:
         """A run's configuration; waits for a creating load that is still to read it."""
@@ -396,11 +443,17 @@ class Runs:
             await self.samplers.get(stem, owner)
             self.samplers.cancel(stem, seq)
 
-    def refused_without_number(self, owner: str) -> None:
+    async def refused_without_number(self, owner: str) -> None:
         """A submission of that owner was refused whose model and number could not be read."""
-        for live in self._live.values():
-            if live.run.info.owner == owner:
-                live.run.refused_without_number()
+        concerned = [x.run for x in self._live.values() if x.run.info.owner == owner]
+        reaches = [(run.key, run.refused_without_number()) for run in concerned]
+
+        def work(connection: Connection) -> None:
+            for key, refused_to in reaches:
+                journal.note_refusal(connection, key, refused_to)
+
+        with suppress(CatalogUnavailable):  # forgotten by a restart: some gap is waited for longer
+            await self.catalog.write(work)
 
     def delivered(self, request_id: str) -> None:
         """An outcome was handed out in full."""
@@ -551,6 +604,11 @@ class Runs:
                 None if row.config is None else bodies.config_from_json(row.config),
                 row.user_metadata,
                 row.corrupted,
+                -1 if row.refused_to is None else row.refused_to,
+                row.recoveries,
+                row.replayed,
+                row.divergences,
+                row.diverged_at,
             )
             for row in rows
         ]

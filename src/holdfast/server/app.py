@@ -57,7 +57,7 @@ def create_app(
     settings: Settings, catalog: Catalog, store: Store, start_engine: StartEngine
 ) -> FastAPI:
     """The app over an open catalog and store. It closes neither."""
-    engines = Engines(list(settings.models), start_engine)
+    engines = Engines(list(settings.models), start_engine, adapter_memory=settings.adapter_memory)
     runs = Runs(catalog, store, engines, settings.lifetimes)
     context = Context(settings, runs, Keys(catalog))
 
@@ -119,12 +119,13 @@ def _settle_refused(app: FastAPI, context: Context) -> None:
             await refuse_unread(runs, owner, kind, address, refusal)
         return failures.refusal(422, message, InvalidMessageError.default_code)
 
-    def body_refused(scope: Scope) -> None:
+    async def body_refused(scope: Scope) -> None:
         if kind_of(scope["path"]) is not None:
             try:
-                runs.refused_without_number(context.keys.owner(_key(scope)))
+                owner = context.keys.owner(_key(scope))
             except AuthenticationError:
                 return
+            await runs.refused_without_number(owner)
 
     app.state.body_refused = body_refused
 

@@ -63,7 +63,7 @@ class BodyLimit:
             await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"].state.body_refused(scope)
+        await scope["app"].state.body_refused(scope)
         error = BodyTooLargeError(self._limit)
         await refusal(413, error.message, error.code)(scope, receive, send)
 

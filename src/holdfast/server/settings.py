@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY
 from holdfast.runs.service import Lifetimes
 
 SHIPPED_MODEL = "holdfast-tiny"
@@ -43,6 +44,8 @@ class Settings:
     token_budget: int = 4096
     """Tokens that a worker puts through a model at once."""
     device: str = "auto"
+    adapter_memory: int = DEFAULT_ADAPTER_MEMORY
+    """Bytes that a worker keeps of runs which are idle; others come back when they are used."""
     max_body: int = 128 << 20
     poll_hold: float = 30.0
     """How long a poll waits before it answers "try again"; below the clients' own 45 s."""

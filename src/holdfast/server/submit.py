@@ -54,7 +54,7 @@ async def refuse_unread(
     told to wait less long for missing numbers.
     """
     if address is None:
-        runs.refused_without_number(owner)
+        await runs.refused_without_number(owner)
         return
     model_id, seq_id = address
     try:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from holdfast.protocol.checkpoints import Cursor
-from holdfast.protocol.rest import TrainingRun, TrainingRunsResponse
+from holdfast.protocol.rest import RunSnapshot, RunStatus, TrainingRun, TrainingRunsResponse
 from holdfast.runs.service import RunRecord
+from holdfast.runs.service import RunStatus as Status
 from holdfast.server.context import OwnerDep, RunsDep
 from holdfast.server.routes.checkpoints import as_time, as_wire
 
@@ -39,6 +40,7 @@ async def _as_wire(runs: RunsDep, records: list[RunRecord]) -> list[TrainingRun]
     ids = [record.key.id for record in records]
     training = await runs.checkpoints.newest(ids, "weights")
     sampling = await runs.checkpoints.newest(ids, "sampler_weights")
+    statuses = await runs.statuses(records)
     found = []
     for record in records:
         last, last_sampler = training.get(record.key.id), sampling.get(record.key.id)
@@ -54,6 +56,24 @@ async def _as_wire(runs: RunsDep, records: list[RunRecord]) -> list[TrainingRun]
                 last_checkpoint=None if last is None else as_wire(last),
                 last_sampler_checkpoint=None if last_sampler is None else as_wire(last_sampler),
                 user_metadata=record.user_metadata,
+                status=_status(record, statuses[record.key]),
             )
         )
     return found
+
+
+def _status(record: RunRecord, status: Status) -> RunStatus:
+    snapshot = status.snapshot
+    return RunStatus(
+        state=status.state,
+        position=status.position,
+        pending=status.pending,
+        snapshot=None
+        if snapshot is None
+        else RunSnapshot(position=snapshot[0], time=as_time(snapshot[1])),
+        recoveries=record.recoveries,
+        replayed=record.replayed,
+        divergences=record.divergences,
+        diverged_at=record.diverged_at,
+        note=status.note,
+    )

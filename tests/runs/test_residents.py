@@ -1,0 +1,86 @@
+"""A thousand open runs fit one worker: those used longest ago leave its memory, and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from holdfast.runs import bodies
+from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP
+from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY
+from holdfast.runs.residents import Residents
+
+from .sim import World
+from .test_service import Clients, steps
+from .toy import NAME, batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+RUNS = 60
+
+
+def opened(adapter_memory: int) -> Clients:
+    """Clients that have opened many runs and use each in turn, now and then."""
+    clients = Clients()
+    clients.world = World(1, adapter_memory=adapter_memory)
+    clients.open_session("python")
+    for _ in range(RUNS):
+        clients.create(pick=1, rank=1)
+        clients._world.let(0.1)
+    for x in range(2):
+        for run in clients.all:
+            clients._submit(run, FORWARD_BACKWARD, batch(x))
+            clients._submit(run, OPTIM_STEP, steps())
+            clients._world.let(1.0)
+    return clients
+
+
+@pytest.fixture
+def few() -> Iterator[Clients]:
+    clients = opened(adapter_memory=6000)  # about ten of the toy's states
+    yield clients
+    clients.close()
+
+
+def test_a_worker_holds_no_more_runs_than_its_memory_is_for(few: Clients) -> None:
+    (worker,) = few._world.lives
+    host = few._world.runs.engines[NAME]
+    assert 2 <= len(worker.states) == len(host.residents) <= 20
+    assert host.residents.size <= 6000
+    few.all_end()  # all of them, whichever had left
+    for run in few.all:
+        few._submit(run, bodies.FORWARD_BACKWARD, batch(3))
+    few._world.let(30.0)
+    few.all_end()
+    few._check_logs()
+    assert host.residents.size <= 6000
+
+
+def test_without_that_limit_it_holds_them_all() -> None:
+    clients = opened(adapter_memory=DEFAULT_ADAPTER_MEMORY)
+    (worker,) = clients._world.lives
+    assert len(worker.states) == RUNS
+    clients.close()
+
+
+def test_those_used_longest_ago_leave_first() -> None:
+    residents, asked = Residents(100), list[str]()
+    for key in "abc":
+        residents.put(key, lambda key=key: asked.append(key))  # type: ignore[misc]
+        residents.used(key, 40)
+    assert asked == ["a"]
+    residents.used("a")  # busy: it stays, and is not the oldest any more
+    assert asked == ["a", "b"]
+    residents.gone("b")
+    residents.used("c")
+    assert asked == ["a", "b"] and residents.size == 80
+    residents.clear()
+    assert len(residents) == residents.size == 0
+
+
+def test_one_that_is_larger_than_the_limit_stays_while_it_is_used() -> None:
+    residents = Residents(100)
+    residents.put("a", lambda: pytest.fail("the only one was asked to leave"))
+    residents.used("a", 1000)
+    assert len(residents) == 1
