@@ -129,3 +129,39 @@ def test_a_submission_whose_client_goes_away_is_in_its_place(clients: Clients) -
     clients._do(leave)
     clients._submit(run, bodies.FORWARD_BACKWARD, body, seq=1)
     clients.all_end()
+
+
+def end_in_part(clients: Clients) -> None:
+    """A session ends, and the server is killed once its pending operations have failed."""
+    (run,) = clients.all
+    train(clients)
+    clients.all_end()
+    for x in range(3):  # the first is under way when the end comes
+        clients._submit(run, bodies.FORWARD_BACKWARD, batch(x))
+    run.ending = "session_ended"
+    session = clients.sessions.pop()
+    clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
+    failed: list[int] = []
+    while not failed:
+        clients._world.let(0.01)
+        with clients._world.catalog._engine.connect() as connection:
+            query = sa.select(operations.c.seq).where(operations.c.state == "failed")
+            failed = list(connection.scalars(query))
+    clients.kill()
+    clients._world.let(10.0)
+    clients.all_end()
+    clients._check_checkpoints()
+    position = min(failed) - 1
+    assert clients._world.store.resolve(NameKey(run.id, "weights", f"auto.{position}"))
+
+
+def test_what_an_interrupted_end_overtook_is_no_part_of_the_last_state(clients: Clients) -> None:
+    end_in_part(clients)
+
+
+def test_what_the_end_overtook_would_be_taken_for_failures(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.runs.journal.ENDS", frozenset())
+    with pytest.raises(AssertionError):
+        end_in_part(clients)

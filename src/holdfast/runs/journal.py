@@ -15,6 +15,8 @@ from holdfast.runs.bodies import MISSING
 from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
 
+ENDS = frozenset({"session_ended", "model_unloaded"})
+"""Codes with which operations fail that the end of their run overtook."""
 SKIPPED_KEPT = 24 * 3600.0
 """Seconds for which a number that was skipped is remembered: far longer than clients try."""
 
@@ -228,6 +230,8 @@ class Journaled:
     entry: Entry
     mark_at: int | None
     accepted: float
+    overtaken: bool = False
+    """Failed because the run's end, which was not completed, came before its turn."""
 
 
 def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Journaled]:
@@ -245,6 +249,7 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
             operations.c.mark_at,
             operations.c.accepted,
             operations.c.attempts,
+            operations.c.error,
         )
         .where(
             _of(key)
@@ -268,6 +273,7 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
             ),
             r.mark_at,
             r.accepted,
+            overtaken=r.error is not None and r.error["code"] in ENDS,
         )
         for r in rows
     ]

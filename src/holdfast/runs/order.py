@@ -8,7 +8,7 @@ the position of a snapshot, and the numbers after it come up again: settled ones
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -163,13 +163,18 @@ class Order:
             self._unsettled.add(entry.seq)
         self._highest = max(self._highest, entry.seq)
 
-    def read_back(self, entries: Iterable[Entry]) -> None:
-        """Enter what a restarted server finds in the journal."""
+    def read_back(self, entries: Iterable[Entry], overtaken: Collection[int] = ()) -> None:
+        """Enter what a restarted server finds in the journal.
+
+        `overtaken` are those that failed because the run's end came first: they never came up.
+        """
         for entry in entries:
             self.add(entry)
             if entry.state is State.DONE:  # only what came up was ever done
                 self._reached = max(self._reached, entry.seq)
-        while (after := self._entries.get(self._reached + 1)) is not None and after.state.settled:
+        while (after := self._entries.get(self._reached + 1)) is not None:
+            if not after.state.settled or after.seq in overtaken:
+                break
             self._reached += 1
 
     def refused(self, seq: int | None = None) -> int:

@@ -139,7 +139,7 @@ class Run:
             body_hash = journal.digest(body)
             self._asked = time.monotonic()
             if self.ended is not None and seq not in self.order:
-                raise RunError(self.ended.code, self.ended.message, reason="gone")
+                raise RunError(self.ended.code, self.ended.message)
             match self.order.classify(seq, kind, body_hash):
                 case Accept.NEW:
                     await self._accept(Entry(seq, kind, body_hash), body, first)

@@ -326,7 +326,7 @@ class Runs:
             refused_to=record.refused_to,
         )
         found = list(await self.catalog.read(lambda c: journal.entries(c, key, above=floor)))
-        order.read_back(item.entry for item in found)
+        order.read_back((item.entry for item in found), {x.entry.seq for x in found if x.overtaken})
         for item in sorted(found, key=lambda item: item.accepted):  # the first mark stays
             if item.mark_at is not None and item.entry.kind == bodies.FORWARD_BACKWARD:
                 order.add_late_mark(item.entry.seq, item.mark_at)
