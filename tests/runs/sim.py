@@ -42,6 +42,7 @@ from holdfast.runs import (
 )
 from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, Engines
 from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.segments import Segments
 from holdfast.runs.service import Runs
 from holdfast.store import LocalStore
 from holdfast.store.files import LocalFiles, WriteFile
@@ -145,13 +146,14 @@ class SimCatalog(Catalog):
         self._engine = sa.create_engine(f"sqlite+pysqlite:///{world.root / 'catalog.db'}")
         database._configure_sqlite(self._engine)
         self._writer = self._engine.connect()
+        self._before_commit = []
         self._batch: list[database._Work[Any]] = []
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if not self._batch:
-            loop.call_later(self._world.pause("commit"), self._commit)
+            loop.call_later(self._world.pause("commit"), self._commit_batch)
         self._batch.append(database._Work(work, loop, future))
         return await future
 
@@ -163,7 +165,7 @@ class SimCatalog(Catalog):
         self._writer.close()
         self._engine.dispose()
 
-    def _commit(self) -> None:
+    def _commit_batch(self) -> None:
         batch, self._batch = self._batch, []
         if self._world.refuse_commits > 0:
             self._world.refuse_commits -= 1
@@ -172,7 +174,7 @@ class SimCatalog(Catalog):
             database._resolve(batch)
             return
         self._world.point("commit")
-        database._commit(self._writer, batch)
+        self._commit(batch, self._writer)
         self._world.point("committed")
 
 
@@ -246,7 +248,8 @@ class World:
             monotonic=self.clock.monotonic,
         )
         self.catalog = SimCatalog(self)
-        self.runs = Runs(self.catalog, self.store, self._engines())
+        self.segments = Segments(self.root / "segments", _Files(self.point))
+        self.runs = Runs(self.catalog, self.segments, self.store, self._engines())
         self.loop.run_until_complete(self.runs.start())
 
     def kill(self) -> None:

@@ -7,16 +7,24 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
-from holdfast.catalog.tables import operations, runs, snapshots
+from holdfast.catalog.tables import contents, operations, runs, snapshots
 from holdfast.runs import journal
 from holdfast.runs.journal import Outcome, RunKey
 from holdfast.runs.order import Entry, State
+from holdfast.runs.segments import Segments
 
 KEY = RunKey("session:train:0")
 READ_AT = 100.0
 
 
-def add_run(connection: sa.Connection, *, state: str, seqs: int) -> None:
+def add_run(
+    connection: sa.Connection,
+    segments: Segments,
+    *,
+    state: str,
+    seqs: int,
+    result: bytes = b"result",
+) -> None:
     """A run with that many answered operations, and a recovery point at each fifth."""
     connection.execute(
         runs.insert().values(
@@ -33,9 +41,9 @@ def add_run(connection: sa.Connection, *, state: str, seqs: int) -> None:
     )
     for seq in range(seqs):
         entry = Entry(seq, "forward_backward", "hash", State.ACCEPTED)
-        journal.add(connection, KEY, entry, now=1.0, body=b"body")
-        outcome = Outcome("forward_backward", result=b"result")
-        journal.settle(connection, KEY, seq, outcome, now=2.0)
+        journal.add(connection, segments, KEY, entry, now=1.0, body=b"body")
+        outcome = Outcome("forward_backward", result=result)
+        journal.settle(connection, segments, KEY, seq, outcome, now=2.0)
         if seq % 5 == 0:
             journal.add_snapshot(connection, KEY, seq, f"{seq:064x}", now=3.0)
     journal.mark_read(connection, KEY, range(seqs), now=READ_AT)
@@ -43,21 +51,22 @@ def add_run(connection: sa.Connection, *, state: str, seqs: int) -> None:
 
 def kept(connection: sa.Connection) -> tuple[int, int, int]:
     """How many rows, bodies and results there are."""
-    columns = (operations.c.seq, operations.c.body, operations.c.result)
-    found = connection.execute(sa.select(*(sa.func.count(c) for c in columns))).one()
-    return tuple(found)
+    rows = connection.scalar(sa.select(sa.func.count()).select_from(operations)) or 0
+    parts = connection.scalars(sa.select(contents.c.part)).all()
+    return rows, parts.count("body"), parts.count("result")
 
 
 def test_a_live_run_keeps_what_a_replay_needs(tmp_path: Path) -> None:
     catalog = Catalog.open_file(tmp_path / "catalog.db")
+    segments = Segments(tmp_path / "segments")
     with catalog._engine.begin() as connection:
-        add_run(connection, state="live", seqs=23)  # recovery points at 15 and 20
+        add_run(connection, segments, state="live", seqs=23)  # recovery points at 15 and 20
         assert kept(connection) == (23, 7, 23)
         journal.expire(connection, read_before=READ_AT)
         assert kept(connection) == (23, 7, 23)  # read, but not long enough ago
         journal.expire(connection, read_before=READ_AT + 1)
         assert kept(connection) == (7, 7, 0)  # 16 to 22
-        outcome = journal.outcome(connection, KEY, 20)
+        outcome = journal.outcome(connection, segments, KEY, 20)
         assert outcome is not None and outcome.failure is not None
         assert outcome.failure.code == "result_expired"
     catalog.close()
@@ -65,11 +74,34 @@ def test_a_live_run_keeps_what_a_replay_needs(tmp_path: Path) -> None:
 
 def test_nothing_is_kept_of_a_run_that_ended_a_while_ago(tmp_path: Path) -> None:
     catalog = Catalog.open_file(tmp_path / "catalog.db")
+    segments = Segments(tmp_path / "segments")
     with catalog._engine.begin() as connection:
-        add_run(connection, state="unloaded", seqs=23)
+        add_run(connection, segments, state="unloaded", seqs=23)
         journal.close(connection, KEY, now=READ_AT)
         assert kept(connection) == (23, 0, 23)  # outcomes can still be asked for
         assert connection.scalar(sa.select(sa.func.count()).select_from(snapshots)) == 0
         journal.expire(connection, read_before=READ_AT + 1)
         assert kept(connection) == (0, 0, 0)
+    catalog.close()
+
+
+def test_a_run_keeps_so_many_bytes_of_results_that_were_read(tmp_path: Path) -> None:
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    segments = Segments(tmp_path / "segments")
+    with catalog._engine.begin() as connection:
+        add_run(connection, segments, state="live", seqs=8, result=b"r" * 100)
+        unread = Entry(8, "forward_backward", "hash", State.ACCEPTED)
+        journal.add(connection, segments, KEY, unread, now=1.0, body=b"body")
+        outcome = Outcome("forward_backward", result=b"r" * 1000)
+        journal.settle(connection, segments, KEY, 8, outcome, now=2.0)
+        journal.mark_read(connection, KEY, range(4, 8), now=READ_AT)
+        journal.expire(connection, read_before=READ_AT, read_size=300)
+        found = [journal.outcome(connection, segments, KEY, seq) for seq in range(9)]
+        results = [None if one is None else len(one.result or b"") for one in found]
+        assert results == [0, 0, 0, 0, 0, 100, 100, 100, 1000]  # the oldest went, no unread one
+        assert found[4] is not None and found[4].failure is not None
+        assert found[4].failure.code == "result_expired"
+        journal.expire(connection, read_before=READ_AT, read_size=299)
+        outcome_of_5 = journal.outcome(connection, segments, KEY, 5)
+        assert outcome_of_5 is not None and outcome_of_5.failure is not None
     catalog.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import sqlalchemy as sa
 
@@ -17,11 +19,27 @@ from holdfast.catalog.migrations import upgrade
 
 T = TypeVar("T")
 
+SYNC_FAILED = 74
+"""The exit status of a process whose disk failed to sync: EX_IOERR of sysexits.h."""
+
 _MOST_IN_ONE_COMMIT = 256
+_WRITES_BETWEEN_CHECKPOINTS = 256
+_LARGEST_IDLE_LOG = 16 << 20
+"""Bytes that the write-ahead log keeps on the disk when it is empty."""
+
+_log = logging.getLogger("holdfast.catalog")
 
 
 class CatalogUnavailable(Exception):
     """The database did not take a write (locked, disk full); nothing of it was stored."""
+
+
+class SyncFailed(Exception):
+    """What was written last may be lost, though this process can still read it.
+
+    A second sync may succeed without having written it, so the process ends. The next one sees
+    what is really there.
+    """
 
 
 class Catalog:
@@ -34,6 +52,7 @@ class Catalog:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
+        self._before_commit: list[Callable[[], None]] = []
         self._queue: queue.SimpleQueue[_Work[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._thread.start()
@@ -78,6 +97,13 @@ class Catalog:
         with self._engine.connect() as connection:
             return work(connection)
 
+    def before_commit(self, call: Callable[[], None]) -> None:
+        """Have the writer call this before each commit: what a row refers to is durable first.
+
+        All it may raise is SyncFailed, which ends the process.
+        """
+        self._before_commit.append(call)
+
     def close(self) -> None:
         """Finish what is queued and close. Idempotent."""
         if self._thread.is_alive():
@@ -86,6 +112,7 @@ class Catalog:
         self._engine.dispose()
 
     def _run(self) -> None:
+        written = 0
         with self._engine.connect() as connection:
             while True:
                 batch = [self._queue.get()]
@@ -94,9 +121,48 @@ class Catalog:
                         batch.append(self._queue.get_nowait())
                     except queue.Empty:
                         break
-                _commit(connection, [item for item in batch if item is not None])
+                self._commit([item for item in batch if item is not None], connection)
+                written += len(batch)
+                if written >= _WRITES_BETWEEN_CHECKPOINTS:
+                    _checkpoint(connection)
+                    written = 0
                 if None in batch:
                     return
+
+    def _commit(self, batch: list[_Work[Any]], connection: sa.Connection) -> None:
+        """Perform and commit, then tell those who wait."""
+        if not batch:
+            return
+        try:
+            try:
+                self._transact(connection, batch, _perform)
+            except (sa.exc.OperationalError, SyncFailed):
+                raise
+            except Exception:
+                self._transact(connection, batch, _perform_each)
+        except sa.exc.DBAPIError as error:
+            if getattr(error.orig, "sqlite_errorname", "").endswith("_FSYNC"):
+                _end_process(f"the catalog was not synced: {error.orig}")
+            unavailable = CatalogUnavailable(f"the catalog took no write: {error.orig}")
+            for item in batch:
+                item.error = unavailable
+        except SyncFailed as error:
+            _end_process(f"the journal was not synced: {error}")
+        _tell(batch)
+
+    def _transact(
+        self,
+        connection: sa.Connection,
+        batch: list[_Work[Any]],
+        perform: Callable[[sa.Connection, _Work[Any]], None],
+    ) -> None:
+        with connection.begin():
+            for item in batch:
+                perform(connection, item)
+            for call in self._before_commit:
+                call()
+            failpoints.reach("commit.before")
+        failpoints.reach("commit.after")
 
 
 @dataclass(slots=True)
@@ -114,33 +180,6 @@ class _Work(Generic[T]):
             self.future.set_exception(self.error)
         else:
             self.future.set_result(self.result)  # type: ignore[arg-type]
-
-
-def _commit(connection: sa.Connection, batch: list[_Work[Any]]) -> None:
-    if not batch:
-        return
-    try:
-        try:
-            _transact(connection, batch, _perform)
-        except sa.exc.OperationalError:
-            raise
-        except Exception:
-            _transact(connection, batch, _perform_each)
-    except sa.exc.DBAPIError as error:
-        for item in batch:
-            item.error = CatalogUnavailable(f"the catalog took no write: {error.orig}")
-    _tell(batch)
-
-
-_Performing = Callable[[sa.Connection, "_Work[Any]"], None]
-
-
-def _transact(connection: sa.Connection, batch: list[_Work[Any]], perform: _Performing) -> None:
-    with connection.begin():
-        for item in batch:
-            perform(connection, item)
-        failpoints.reach("commit.before")
-    failpoints.reach("commit.after")
 
 
 def _perform(connection: sa.Connection, item: _Work[Any]) -> None:
@@ -184,9 +223,34 @@ def _configure_sqlite(engine: sa.Engine) -> None:
             "synchronous=FULL",
             "foreign_keys=ON",
             "busy_timeout=5000",
+            "wal_autocheckpoint=0",
+            f"journal_size_limit={_LARGEST_IDLE_LOG}",
         ):
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN")
+
+
+def _checkpoint(connection: sa.Connection) -> None:
+    """Move what is in SQLite's write-ahead log to the database, so that the log starts anew.
+
+    Here, after those who wait were told, and not within a commit: they need not wait for it, and
+    SQLite keeps to itself that a sync failed there.
+    """
+    if connection.dialect.name != "sqlite":
+        return
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    try:
+        driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    except driver.OperationalError as error:
+        if error.sqlite_errorname.endswith("_FSYNC"):
+            _end_process(f"the catalog was not synced: {error}")
+        _log.warning("the catalog's log was not moved into the database: %s", error)
+
+
+def _end_process(message: str) -> NoReturn:
+    _log.critical("%s; this process ends, and the next one recovers what there is", message)
+    os._exit(SYNC_FAILED)

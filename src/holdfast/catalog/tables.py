@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 
 metadata = MetaData(
@@ -93,10 +94,9 @@ operations = Table(
     Column("kind", String, nullable=False),
     Column("state", String, nullable=False),  # accepted, running, done, failed, skipped
     Column("body_hash", String),
-    Column("body", LargeBinary),
     Column("target", String),  # manifest that a load resolved to, or a save made
-    Column("result", LargeBinary),
     Column("result_hash", String),  # outlives the result, for replay to compare
+    Column("result_size", BigInteger),  # bytes, as long as the result is kept
     Column("error", JSON),  # code, message, category
     Column("mark_at", Integer),  # position at which a late forward_backward's mark took effect
     Column("attempts", Integer, nullable=False, default=0),  # deaths of a worker while it ran
@@ -105,6 +105,27 @@ operations = Table(
     Column("read", Float),
     ForeignKeyConstraint(["run_id", "generation"], ["runs.id", "runs.generation"]),
     Index("ix_operations_state", "state"),
+)
+
+# The bytes of the journal: bodies and results, as long as they are kept. Large ones are in segment
+# files, of which this is the only directory. Apart from `operations`, whose rows change often.
+contents = Table(
+    "contents",
+    metadata,
+    Column("run_id", String, primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("part", String, primary_key=True),  # body, result
+    Column("size", BigInteger, nullable=False),
+    Column("segment", String),
+    Column("start", BigInteger),  # of its record in the segment
+    Column("data", LargeBinary),  # empty when it is in a segment
+    Index(
+        "ix_contents_segment",
+        "segment",
+        sqlite_where=text("segment IS NOT NULL"),
+        postgresql_where=text("segment IS NOT NULL"),
+    ),
 )
 
 # Automatic and named recovery points of a run, by the position they were taken at.

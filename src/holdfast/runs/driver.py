@@ -22,6 +22,7 @@ from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import Recovery
 from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
+from holdfast.runs.segments import JournalDamaged
 from holdfast.store import Manifest
 
 IDLE_BEFORE_SNAPSHOT = 10.0
@@ -255,7 +256,11 @@ class Driver:
         run = self._run
         run.note = None
         started = time.monotonic()
-        body = await run.body(entry.seq)
+        try:
+            body = await run.body(entry.seq)
+        except JournalDamaged as error:
+            await self._cannot_execute(entry, error)
+            return
         try:
             match entry.kind:
                 case bodies.SAVE_WEIGHTS | bodies.SAVE_SAMPLER | bodies.SAVE_EXTERNAL:
@@ -281,6 +286,15 @@ class Driver:
         # A library of another version would draw other initial weights.
         if self._publisher.due or entry.kind == bodies.CREATE:
             await self._snapshot(optimizer=entry.kind != bodies.CREATE)
+
+    async def _cannot_execute(self, entry: Entry, error: JournalDamaged) -> None:
+        """Fail an operation whose body is damaged, as if the engine had refused it."""
+        message = f"the request was damaged before it was executed: {error.message}; send it again"
+        if entry.kind == bodies.FORWARD_BACKWARD:
+            engine, _ = await self._placement.engine()
+            mark = f"forward_backward {entry.seq} failed: {message}"
+            await engine.mark_incomplete(self._placement.key, entry.seq, mark)
+        self._fail(entry, Failure(error.code, message, error.category))
 
     async def _snapshot(self, *, optimizer: bool) -> None:
         try:

@@ -10,15 +10,21 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from holdfast.catalog.tables import operations, runs, sessions, snapshots
+from holdfast.catalog.tables import contents, operations, runs, sessions, snapshots
 from holdfast.runs.bodies import MISSING
+from holdfast.runs.contents import Address, get, put, remove
 from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
+from holdfast.runs.segments import JournalDamaged, Segments
 
 ENDS = frozenset({"session_ended", "model_unloaded"})
 """Codes with which operations fail that the end of their run overtook."""
 SKIPPED_KEPT = 24 * 3600.0
 """Seconds for which a number that was skipped is remembered: far longer than clients try."""
+
+
+MOST_READ = 256 << 20
+"""Bytes of results that a run keeps after they were handed out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +82,10 @@ _THIS_ONE = (
 _ADD = operations.insert()
 _NOTE_REQUEST = runs.update().where(_THIS_RUN)
 _CHANGE = operations.update().where(_THIS_ONE)
-_OUTCOME = sa.select(
-    operations.c.kind, operations.c.state, operations.c.result, operations.c.error
-).where(_THIS_ONE)
-_RECORD = sa.select(
-    operations.c.body, operations.c.target, operations.c.result_hash, operations.c.error
-).where(_THIS_ONE)
+_OUTCOME = sa.select(operations.c.kind, operations.c.state, operations.c.error).where(_THIS_ONE)
+_RECORD = sa.select(operations.c.target, operations.c.result_hash, operations.c.error).where(
+    _THIS_ONE
+)
 
 
 def _this_run(key: RunKey) -> dict[str, Any]:
@@ -90,6 +94,10 @@ def _this_run(key: RunKey) -> dict[str, Any]:
 
 def _this_one(key: RunKey, seq: int) -> dict[str, Any]:
     return {"run": key.id, "life": key.generation, "number": seq}
+
+
+def _address(key: RunKey, seq: int) -> Address:
+    return Address(key.id, key.generation, seq)
 
 
 def _at(key: RunKey, seq: int) -> sa.ColumnElement[bool]:
@@ -102,6 +110,7 @@ def _of(key: RunKey) -> sa.ColumnElement[bool]:
 
 def add(
     connection: Connection,
+    segments: Segments,
     key: RunKey,
     entry: Entry,
     *,
@@ -115,7 +124,7 @@ def add(
 
     `note_request` keeps the time as that of the run's last request.
     """
-    if mark_at is not None:
+    if mark_at is not None:  # a skipped number has no body
         connection.execute(operations.delete().where(_at(key, entry.seq)))
     values = {
         "run_id": key.id,
@@ -124,7 +133,6 @@ def add(
         "kind": entry.kind,
         "state": entry.state.value,
         "body_hash": entry.body_hash,
-        "body": body,
         "error": failure.as_json() if failure else None,
         "mark_at": mark_at,
         "accepted": now,
@@ -132,12 +140,15 @@ def add(
         "attempts": 0,
     }
     connection.execute(_ADD, values)
+    if body is not None:
+        put(connection, segments, _address(key, entry.seq), "body", body)
     if note_request:
         connection.execute(_NOTE_REQUEST, {**_this_run(key), "last_request": now})
 
 
 def settle(
     connection: Connection,
+    segments: Segments,
     key: RunKey,
     seq: int,
     outcome: Outcome,
@@ -153,9 +164,10 @@ def settle(
         assert outcome.result is not None
         values |= {
             "state": State.DONE.value,
-            "result": outcome.result,
             "result_hash": digest(outcome.result),
+            "result_size": len(outcome.result),
         }
+        put(connection, segments, _address(key, seq), "result", outcome.result)
     if target is not None:
         values["target"] = target
     connection.execute(_CHANGE, {**_this_one(key, seq), **values})
@@ -176,9 +188,8 @@ def count_attempt(connection: Connection, key: RunKey, seq: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What replay needs of an operation."""
+    """What replay needs of an operation besides its body."""
 
-    body: bytes | None
     target: str | None
     result_hash: str | None
     failure: Failure | None
@@ -187,9 +198,14 @@ class Record:
 def record(connection: Connection, key: RunKey, seq: int) -> Record:
     """Read an operation's record, which must be there."""
     row = connection.execute(_RECORD, _this_one(key, seq)).one()
-    return Record(
-        row.body, row.target, row.result_hash, Failure.from_json(row.error) if row.error else None
-    )
+    return Record(row.target, row.result_hash, Failure.from_json(row.error) if row.error else None)
+
+
+def body(connection: Connection, segments: Segments, key: RunKey, seq: int) -> bytes:
+    """Read an operation's body, which must be kept still. Raises JournalDamaged."""
+    found = get(connection, segments, _address(key, seq), "body")
+    assert found is not None, f"the body of {key.request_id(seq)} is gone"
+    return found
 
 
 def identity(connection: Connection, key: RunKey, seq: int) -> tuple[str, str | None] | None:
@@ -200,16 +216,22 @@ def identity(connection: Connection, key: RunKey, seq: int) -> tuple[str, str | 
     return None if row is None else (row.kind, row.body_hash)
 
 
-def outcome(connection: Connection, key: RunKey, seq: int) -> Outcome | None:
-    """Read a settled operation's outcome; None while it is unsettled, or when its row is gone."""
+def outcome(connection: Connection, segments: Segments, key: RunKey, seq: int) -> Outcome | None:
+    """Read a settled operation's outcome; None while it is unsettled, or when its row is gone.
+
+    Damage to a stored result is a failure to read it; the operation has been done all the same.
+    """
     row = connection.execute(_OUTCOME, _this_one(key, seq)).one_or_none()
     if row is None or not State(row.state).settled:
         return None
     if row.error is not None:
         return Outcome(row.kind, failure=Failure.from_json(row.error))
-    if row.result is None:
-        return expired(key, seq)
-    return Outcome(row.kind, result=row.result)
+    try:
+        result = get(connection, segments, _address(key, seq), "result")
+    except JournalDamaged as error:
+        message = f"request {key.request_id(seq)} was done, but its result is lost: {error.message}"
+        return Outcome(row.kind, failure=Failure(error.code, message, error.category))
+    return expired(key, seq) if result is None else Outcome(row.kind, result=result)
 
 
 def expired(key: RunKey, seq: int) -> Outcome:
@@ -315,11 +337,11 @@ def add_snapshot(
     kept = recovery_points(connection, key)[:2]
     floor = kept[-1][0] if len(kept) == 2 else -1
     connection.execute(snapshots.delete().where(mine & (snapshots.c.seq < floor)))
+    unsettled = sa.select(operations.c.seq).where(_of(key) & operations.c.settled.is_(None))
     connection.execute(
-        operations.update()
-        .where(_of(key) & (operations.c.seq <= floor) & operations.c.body.is_not(None))
-        .where(operations.c.settled.is_not(None))
-        .values(body=None)
+        contents.delete().where(
+            _bodies(key) & (contents.c.seq <= floor) & contents.c.seq.not_in(unsettled)
+        )
     )
     used = {manifest for _, manifest in kept}
     return Kept(floor, [manifest for _, manifest in before if manifest not in used])
@@ -388,7 +410,9 @@ def floor(connection: Connection, key: RunKey) -> int:
     That of the older recovery point; -1 while there is none older than the run's beginning.
     """
     points = recovery_points(connection, key)
-    first = connection.scalar(sa.select(operations.c.body).where(_at(key, 0)))
+    first = connection.scalar(
+        sa.select(contents.c.size).where(_bodies(key) & (contents.c.seq == 0))
+    )
     return points[-1][0] if points and first is None else -1
 
 
@@ -409,7 +433,7 @@ def close(connection: Connection, key: RunKey, *, now: float) -> None:
     """
     mine = (snapshots.c.run_id == key.id) & (snapshots.c.generation == key.generation)
     connection.execute(snapshots.delete().where(mine))
-    connection.execute(operations.update().where(_of(key)).values(body=None))
+    connection.execute(contents.delete().where(_bodies(key)))
     ended = sa.select(runs.c.session_id).where(
         (runs.c.id == key.id)
         & (runs.c.generation == key.generation)
@@ -436,18 +460,49 @@ def close_session(connection: Connection, session_id: str, *, now: float) -> Non
     )
 
 
-def expire(connection: Connection, *, read_before: float) -> int:
+def _bodies(key: RunKey) -> sa.ColumnElement[bool]:
+    return (
+        (contents.c.run_id == key.id)
+        & (contents.c.generation == key.generation)
+        & (contents.c.part == "body")
+    )
+
+
+def expire(connection: Connection, *, read_before: float, read_size: int = MOST_READ) -> int:
     """Remove what nobody needs any more; how many results and rows there were.
 
-    Results that were handed out before that time go. So do whole rows, once no replay goes back
-    to them: those whose outcome was handed out, and numbers that never had a future. Skipped ones
-    stay longer, since what comes late must be known as late.
+    Results that were handed out before that time go, and the oldest of those that take more than
+    `read_size` bytes of one run. So do whole rows, once no replay goes back to them: those whose
+    outcome was handed out, and numbers that never had a future. Skipped ones stay longer, since
+    what comes late must be known as late.
     """
-    results = connection.execute(
-        operations.update()
-        .where(operations.c.read < read_before, operations.c.result.is_not(None))
-        .values(result=None)
+    read = (
+        sa.select(
+            operations.c.run_id,
+            operations.c.generation,
+            operations.c.seq,
+            operations.c.read,
+            sa.func.sum(operations.c.result_size)
+            .over(
+                partition_by=(operations.c.run_id, operations.c.generation),
+                order_by=(operations.c.read.desc(), operations.c.seq.desc()),
+            )
+            .label("newer"),
+        )
+        .where(operations.c.read.is_not(None) & operations.c.result_size.is_not(None))
+        .subquery()
     )
+    results = connection.execute(
+        sa.select(read.c.run_id, read.c.generation, read.c.seq).where(
+            (read.c.read < read_before) | (read.c.newer > read_size)
+        )
+    ).all()
+    if results:
+        remove(connection, [Address(*row) for row in results], "result")
+        connection.execute(
+            _CHANGE,
+            [{"run": r, "life": g, "number": n, "result_size": None} for r, g, n in results],
+        )
     floors = (
         sa.select(
             snapshots.c.run_id, snapshots.c.generation, sa.func.min(snapshots.c.seq).label("seq")
@@ -479,4 +534,4 @@ def expire(connection: Connection, *, read_before: float) -> int:
             ((operations.c.read < read_before) | never_shown) & (behind | of_ended)
         )
     )
-    return results.rowcount + rows.rowcount
+    return len(results) + rows.rowcount

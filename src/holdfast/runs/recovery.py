@@ -17,6 +17,7 @@ from holdfast.runs.order import Entry, State
 from holdfast.runs.placement import Placement
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.run import Run
+from holdfast.runs.segments import JournalDamaged
 from holdfast.store import Manifest
 
 MOST_DEATHS = 5
@@ -156,21 +157,21 @@ class Recovery:
         if entry.state is State.FAILED:
             await self._redo_failure(entry, record)
             return
-        assert record.body is not None
+        body = await self._body(entry)
+        if body is None:
+            return
         match entry.kind:
             case bodies.CREATE:
-                await self._driver.create(
-                    bodies.config_from_json(Create.decode(record.body).config)
-                )
+                await self._driver.create(bodies.config_from_json(Create.decode(body).config))
             case bodies.CREATE_FROM_STATE:
-                await self._reload(entry, CreateFromState.decode(record.body))
+                await self._reload(entry, CreateFromState.decode(body))
             case bodies.LOAD_WEIGHTS:
-                await self._reload(entry, Load.decode(record.body))
+                await self._reload(entry, Load.decode(body))
             case _:
                 started = time.monotonic()
                 await self._placement.engine()  # whose failure is none of the operation's
                 try:
-                    result = await self._driver.compute(entry, record.body)
+                    result = await self._driver.compute(entry, body)
                 except EngineError as error:
                     self._run.log.error("replay failed", seq=entry.seq, error=error.message)
                     await self._diverged(entry)
@@ -254,13 +255,25 @@ class Recovery:
             message = f"forward_backward {entry.seq} failed: {record.failure.message}"
             await engine.mark_incomplete(self._placement.key, entry.seq, message)
         elif entry.kind == bodies.OPTIM_STEP and record.failure.code in CLEARING | BROKEN_OFF:
-            assert record.body is not None
+            body = await self._run.body(entry.seq)
             if record.failure.code in BROKEN_OFF:
                 # What broke it off may not come again; a mark makes it fail, and clear, for sure.
                 await engine.mark_incomplete(self._placement.key, entry.seq, "it failed before")
             with suppress(EngineError):
-                await self._driver.compute(entry, record.body)
+                await self._driver.compute(entry, body)
                 await self._diverged(entry)
+
+    async def _body(self, entry: Entry) -> bytes | None:
+        """What is to be executed again; None, and the run has stopped, when that is damaged."""
+        try:
+            return await self._run.body(entry.seq)
+        except JournalDamaged as error:
+            await self._stop(
+                error.code,
+                f"request {entry.seq} of run {self._run.key} cannot be replayed, and what followed "
+                f"it neither: {error.message}",
+            )
+            return None
 
     @property
     def _other_numerics(self) -> bool:

@@ -22,6 +22,7 @@ from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Order, State
+from holdfast.runs.segments import Segments
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ class Services:
     """What every run works with."""
 
     catalog: Catalog
+    segments: Segments
     checkpoints: Checkpoints
     engines: Engines
 
@@ -243,6 +245,7 @@ class Run:
                 first(connection)
             journal.add(
                 connection,
+                self.services.segments,
                 self.key,
                 entry,
                 now=now,
@@ -288,7 +291,9 @@ class Run:
             recent = self._recent.outcomes.get(seq)
         if recent is not None:
             return recent
-        found = await self.services.catalog.read(lambda c: journal.outcome(c, self.key, seq))
+        found = await self.services.catalog.read(
+            lambda c: journal.outcome(c, self.services.segments, self.key, seq)
+        )
         return journal.expired(self.key, seq) if found is None else found
 
     @property
@@ -355,7 +360,9 @@ class Run:
         now = time.time()
 
         def work(connection: Connection) -> None:
-            journal.settle(connection, self.key, seq, outcome, now=now, target=target)
+            journal.settle(
+                connection, self.services.segments, self.key, seq, outcome, now=now, target=target
+            )
             if also is not None:
                 also(connection)
 
@@ -390,13 +397,13 @@ class Run:
     # --- For the driver ----------------------------------------------------------------------
 
     async def body(self, seq: int) -> bytes:
-        """An operation's body, from memory or from the journal."""
+        """An operation's body, from memory or from the journal. Raises JournalDamaged."""
         body = self._bodies.get(seq)
-        if body is None:
-            record = await self.services.catalog.read(lambda c: journal.record(c, self.key, seq))
-            body = record.body
-        assert body is not None, f"the body of {self.key.request_id(seq)} is gone"
-        return body
+        if body is not None:
+            return body
+        return await self.services.catalog.read(
+            lambda c: journal.body(c, self.services.segments, self.key, seq)
+        )
 
     async def skip(self, seq: int) -> None:
         """Give up a number that never came, durably, so that those after it can go on."""
@@ -406,7 +413,9 @@ class Run:
             self.log.warning("number skipped: it never came", seq=seq)
             now = time.time()
             entry = Entry(seq, MISSING, None, State.SKIPPED)
-            await self.write_patiently(lambda c: journal.add(c, self.key, entry, now=now))
+            await self.write_patiently(
+                lambda c: journal.add(c, self.services.segments, self.key, entry, now=now)
+            )
             self.order.add(entry)
 
     # --- Life --------------------------------------------------------------------------------

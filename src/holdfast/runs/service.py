@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import operations, runs
 from holdfast.engine.interface import LoraConfig, RunConfig
-from holdfast.runs import bodies, journal
+from holdfast.runs import bodies, contents, journal
 from holdfast.runs.bodies import Body, Create, CreateFromState
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.copies import Copies
@@ -29,6 +29,7 @@ from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Order, State
 from holdfast.runs.run import Run, RunInfo, Services
 from holdfast.runs.samplers import Samplers
+from holdfast.runs.segments import Segments
 from holdfast.runs.sessions import Session, Sessions
 from holdfast.runs.stored import STORED
 from holdfast.store import Store
@@ -102,15 +103,21 @@ class Runs:
     """All runs of a server. Its methods belong to one event loop."""
 
     def __init__(
-        self, catalog: Catalog, store: Store, engines: Engines, lifetimes: Lifetimes | None = None
+        self,
+        catalog: Catalog,
+        segments: Segments,
+        store: Store,
+        engines: Engines,
+        lifetimes: Lifetimes | None = None,
     ) -> None:
         self.catalog = catalog
+        catalog.before_commit(segments.sync)
         self.engines = engines
         self.checkpoints = Checkpoints(store, catalog)
         self.samplers = Samplers(catalog, self.checkpoints, engines)
         self.lifetimes = lifetimes or Lifetimes()
         self.sessions = Sessions(catalog, grace=self.lifetimes.session_grace)
-        self._services = Services(catalog, self.checkpoints, engines)
+        self._services = Services(catalog, segments, self.checkpoints, engines)
         self._live: dict[str, _Live] = {}
         self.stopping = asyncio.Event()
         """Set when the server is about to stop."""
@@ -431,7 +438,9 @@ class Runs:
         key = RunKey(model_id, generation)
         if not await self._records(_is(key) & (runs.c.owner == owner)):
             raise not_found("request", request_id)
-        outcome = await self.catalog.read(lambda c: journal.outcome(c, key, seq))
+        outcome = await self.catalog.read(
+            lambda c: journal.outcome(c, self._services.segments, key, seq)
+        )
         if outcome is None:
             raise not_found("request", request_id)
         return outcome, None
@@ -537,6 +546,14 @@ class Runs:
             before = time.time() - self.lifetimes.results_after_read
             with suppress(CatalogUnavailable):
                 await self.catalog.write(partial(journal.expire, read_before=before))
+                await self._remove_segments()
+
+    async def _remove_segments(self) -> None:
+        segments = self._services.segments
+        unreferenced = partial(contents.unreferenced, segments=segments)
+        gone = await self.catalog.write(unreferenced)
+        if gone:
+            await asyncio.to_thread(segments.remove, gone)
 
     async def _sweeping(self) -> None:
         """Remove expired and unreferenced checkpoints from the store, for as long as it serves."""

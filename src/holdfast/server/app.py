@@ -16,11 +16,13 @@ from holdfast.catalog import Catalog
 from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
 from holdfast.runs import bodies
 from holdfast.runs.engines import Engines, StartEngine
+from holdfast.runs.segments import Segments
 from holdfast.runs.service import Runs
 from holdfast.server import failures
 from holdfast.server.auth import Keys
 from holdfast.server.body_limit import BodyLimit
 from holdfast.server.context import Context
+from holdfast.server.data_dir import SEGMENTS
 from holdfast.server.routes import (
     archives,
     checkpoints,
@@ -58,7 +60,8 @@ def create_app(
 ) -> FastAPI:
     """The app over an open catalog and store. It closes neither."""
     engines = Engines(list(settings.models), start_engine, adapter_memory=settings.adapter_memory)
-    runs = Runs(catalog, store, engines, settings.lifetimes)
+    segments = Segments(settings.data_dir / SEGMENTS)
+    runs = Runs(catalog, segments, store, engines, settings.lifetimes)
     context = Context(settings, runs, Keys(catalog))
 
     @asynccontextmanager

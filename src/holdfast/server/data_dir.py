@@ -16,6 +16,7 @@ CATALOG = "catalog.db"
 STORE = "store"
 STORE_URL = "store-url"
 """Holds the address of the store when it is not in the directory."""
+SEGMENTS = "segments"
 
 
 class CannotUse(Exception):
