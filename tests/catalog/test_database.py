@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog, migrations, tables
+from holdfast.catalog.database import SYNC_FAILED
 
 
 def add_key(key: str) -> sa.Insert:
@@ -99,6 +102,83 @@ async def test_a_locked_database_is_told_and_nothing_is_stored(tmp_path: Path) -
     catalog.close()
 
 
+ENDS = """
+import asyncio, sqlite3, sys
+import sqlalchemy as sa
+from pathlib import Path
+from holdfast.catalog import Catalog, SyncFailed
+
+class Failing(sqlite3.Connection):
+    fail = False
+
+    def commit(self):
+        if Failing.fail:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorname = sys.argv[2]
+            raise error
+        super().commit()
+
+async def main():
+    catalog = Catalog.open_file(Path(sys.argv[1]))
+    await catalog.write(lambda c: c.exec_driver_sql("INSERT INTO api_keys VALUES (1,2,3,4,5)"))
+    Failing.fail = True
+    if sys.argv[2] == "SyncFailed":
+        Failing.fail = False
+        def fail():
+            raise SyncFailed("the file")
+        catalog.before_commit(fail)
+    try:
+        await catalog.write(lambda c: c.exec_driver_sql("DELETE FROM api_keys"))
+    except BaseException as error:
+        print("told", type(error).__name__)
+
+connect = sqlite3.connect
+sqlite3.dbapi2.connect = lambda *args, **kwargs: connect(*args, factory=Failing, **kwargs)
+asyncio.run(main())
+print("lived on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "ends"),
+    [
+        ("SQLITE_IOERR_FSYNC", True),
+        ("SyncFailed", True),
+        ("SQLITE_IOERR_WRITE", False),
+    ],
+)
+def test_a_failed_sync_ends_the_process_before_anybody_is_told(
+    tmp_path: Path, how: str, ends: bool
+) -> None:
+    path = tmp_path / "catalog.db"
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, str(path), how], capture_output=True, text=True, timeout=60
+    )
+    if ends:
+        assert (done.returncode, done.stdout) == (SYNC_FAILED, "")
+        assert "not synced" in done.stderr
+    else:
+        assert done.stdout.split() == ["told", "CatalogUnavailable", "lived", "on"], done.stderr
+    catalog = Catalog.open_file(path)
+    assert catalog.read_now(count) == 1
+    catalog.close()
+
+
+@pytest.mark.anyio
+async def test_the_write_ahead_log_does_not_grow_with_the_number_of_writes(tmp_path: Path) -> None:
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    log = tmp_path / "catalog.db-wal"
+    sizes = []
+    for round_ in range(4):
+        for i in range(0, 300, 10):
+            keys = [add_key(f"{round_}-{i + j}") for j in range(10)]
+            await asyncio.gather(*(catalog.write(partial(execute, key)) for key in keys))
+        await catalog.write(lambda c: c.execute(tables.api_keys.delete()))
+        sizes.append(log.stat().st_size)
+    assert max(sizes[1:]) <= 1.5 * sizes[0]
+    catalog.close()
+
+
 def test_durability_settings(tmp_path: Path) -> None:
     catalog = Catalog.open_file(tmp_path / "catalog.db")
 
@@ -109,6 +189,40 @@ def test_durability_settings(tmp_path: Path) -> None:
         )
 
     assert catalog.read_now(pragmas) == ("wal", 2)
+    catalog.close()
+
+
+def test_bodies_and_results_of_an_older_schema_are_kept(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'catalog.db'}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        connection.execute(
+            sa.text(
+                "INSERT INTO runs (id, generation, session_id, owner, created, last_request, state,"
+                " body_hash, corrupted) VALUES ('R', 0, 'S', 'o', 1.0, 1.0, 'live', '', 0)"
+            )
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO operations (run_id, generation, seq, kind, state, body, result,"
+                " attempts, accepted) VALUES ('R', 0, 1, 'forward', 'done', x'0102', x'030405', 0,"
+                " 1.0), ('R', 0, 2, 'forward', 'accepted', x'06', NULL, 0, 1.0)"
+            )
+        )
+    engine.dispose()
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    columns = (tables.contents.c.seq, tables.contents.c.part, tables.contents.c.data)
+    found = catalog.read_now(lambda c: c.execute(sa.select(*columns)).all())
+    assert sorted(map(tuple, found)) == [
+        (1, "body", b"\1\2"),
+        (1, "result", b"\3\4\5"),
+        (2, "body", b"\6"),
+    ]
+    sizes = catalog.read_now(lambda c: c.scalars(sa.select(tables.operations.c.result_size)).all())
+    assert sorted(sizes, key=str) == [3, None]
     catalog.close()
 
 

@@ -16,9 +16,11 @@ import asyncio
 import random
 import selectors
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -30,6 +32,7 @@ from holdfast.catalog import Catalog, CatalogUnavailable, database
 from holdfast.engine.interface import WorkerDied
 from holdfast.runs import (
     checkpoints,
+    contents,
     driver,
     engines,
     publishing,
@@ -46,6 +49,7 @@ from holdfast.runs.segments import Segments
 from holdfast.runs.service import Runs
 from holdfast.store import LocalStore
 from holdfast.store.files import LocalFiles, WriteFile
+from tests.store.crash import Died, Disk, Process
 
 from .toy import NAME, ToyEngine, base_info
 
@@ -138,13 +142,28 @@ def _without_the_killed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]
         loop.default_exception_handler(context)
 
 
+_catalog_file: list[Path] = []
+
+
+@cache
+def _shared_engine() -> sa.Engine:
+    """Of all worlds, which come one after the other: compiling their statements takes longest."""
+    engine = sa.create_engine(
+        "sqlite+pysqlite://",
+        creator=lambda: sqlite3.connect(_catalog_file[0], check_same_thread=False),
+        poolclass=sa.QueuePool,
+    )
+    database._configure_sqlite(engine)
+    return engine
+
+
 class SimCatalog(Catalog):
     """The catalog without its thread: the same transactions, committed in the event loop."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._engine = sa.create_engine(f"sqlite+pysqlite:///{world.root / 'catalog.db'}")
-        database._configure_sqlite(self._engine)
+        self._engine = _shared_engine()
+        _catalog_file[:] = [world.root / "catalog.db"]
         self._writer = self._engine.connect()
         self._before_commit = []
         self._batch: list[database._Work[Any]] = []
@@ -177,6 +196,13 @@ class SimCatalog(Catalog):
         self._commit(batch, self._writer)
         self._world.point("committed")
 
+    def _transact(self, *args: Any) -> None:
+        if self._world.power is not None:
+            self._world.power.event("begin")
+        super()._transact(*args)
+        if self._world.power is not None:
+            self._world.power.event("committed")
+
 
 class _Files(LocalFiles):
     """The disk, with a point before and after each call that changes something."""
@@ -206,11 +232,41 @@ class _Files(LocalFiles):
         self._point(what)
 
 
-class World:
-    """The files of a server, and the server that runs over them."""
+class Power(Process):
+    """The disk of a machine that loses its power at a call, and with it what was not synced."""
 
-    def __init__(self, seed: int, *, adapter_memory: int = DEFAULT_ADAPTER_MEMORY) -> None:
+    def _call(self, name: str, path: str) -> None:
+        try:
+            super()._call(name, path)
+        except Died as died:
+            raise Killed(str(died)) from None
+
+    def event(self, name: str) -> None:
+        """Something beside the files that has its place in the order of the calls."""
+        self._call(name, "catalog")
+
+
+Survives = Callable[[Disk, random.Random], Disk]
+"""What is left of a disk after a loss of power."""
+
+
+class World:
+    """The files of a server, and the server that runs over them.
+
+    With `survives`, its store and segments are on a disk that loses power when the server is
+    killed; commits to the catalog, which is a real one, have their places among its calls.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        survives: Survives | None = None,
+        *,
+        adapter_memory: int = DEFAULT_ADAPTER_MEMORY,
+    ) -> None:
         self.adapter_memory = adapter_memory
+        self._survives = survives
+        self.power = None if survives is None else Power(Disk())
         shared = Path("/dev/shm")
         self.root = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
         self.random = random.Random(seed)
@@ -225,12 +281,17 @@ class World:
         """Steps at which every worker dies."""
         self.refuse_commits = 0
         """How many commits the database refuses from now on."""
+        self.checked_at_boot: Callable[[World], None] = lambda _: None
+        """What must be true of the files that a killed server left."""
         self.kills = 0
         self.lives: list[ToyEngine] = []
         self.fingerprint: dict[str, Any] = {"toy": 1}
         self._quiet = False
         self._patches: list[Any] = [mock.patch.object(m, "time", self._time()) for m in _TIMED]
         self._patches.append(mock.patch("asyncio.to_thread", self._to_thread))
+        # In half of the worlds every body and result is a large one, in those with power all.
+        large = self.random.choice((0, contents.LARGE)) if survives is None else 0
+        self._patches.append(mock.patch.object(contents, "LARGE", large))
         for patch in self._patches:
             patch.start()
         shutil.copy(_migrated_catalog(), self.root / "catalog.db")
@@ -241,15 +302,18 @@ class World:
     def boot(self) -> None:
         """Start a server over the files."""
         self.loop = _Loop(self.clock)
+        files = self.power or _Files(self.point)
         self.store = LocalStore(
             self.root / "store",
-            files=_Files(self.point),
+            files=files,
             wall=self.clock.time,
             monotonic=self.clock.monotonic,
         )
         self.catalog = SimCatalog(self)
-        self.segments = Segments(self.root / "segments", _Files(self.point))
+        self.segments = Segments(self.root / "segments", files)
         self.runs = Runs(self.catalog, self.segments, self.store, self._engines())
+        if self.kills:
+            self.checked_at_boot(self)
         self.loop.run_until_complete(self.runs.start())
 
     def kill(self) -> None:
@@ -261,6 +325,9 @@ class World:
         self.loop.abandon()
         self.catalog.close()
         self._quiet = False
+        if self.power is not None:
+            assert self._survives is not None
+            self.power = Power(self._survives(self.power.disk, self.random))
         self.boot()
 
     def restart(self) -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from holdfast.catalog.tables import contents
-from holdfast.runs.segments import LARGE, JournalDamaged, Place, Segments
+from holdfast.runs.segments import JournalDamaged, Place, Segments
 
 Part = Literal["body", "result"]
 
@@ -23,6 +23,8 @@ class Address(NamedTuple):
     seq: int
 
 
+LARGE = 64 << 10
+"""Bytes above which a body or result goes to a segment."""
 SPARSE = 4
 """A closed segment of which less than one part in so many is still referred to is rewritten."""
 

@@ -24,8 +24,6 @@ from holdfast.runs.errors import RunError
 from holdfast.store.files import Files, LocalFiles, ReadFile, WriteFile
 
 VERSION = 1
-LARGE = 64 << 10
-"""Bytes above which a body or result goes to a segment."""
 FULL = 64 << 20
 """Bytes from which on a segment takes no more records."""
 
