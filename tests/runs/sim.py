@@ -254,7 +254,8 @@ class World:
     """The files of a server, and the server that runs over them.
 
     With `survives`, its store and segments are on a disk that loses power when the server is
-    killed; commits to the catalog, which is a real one, have their places among its calls.
+    killed; commits to the catalog, which is a real one, have their places among its calls. With
+    `large`, every body and result is in a segment.
     """
 
     def __init__(
@@ -262,6 +263,7 @@ class World:
         seed: int,
         survives: Survives | None = None,
         *,
+        large: bool | None = None,
         adapter_memory: int = DEFAULT_ADAPTER_MEMORY,
     ) -> None:
         self.adapter_memory = adapter_memory
@@ -289,9 +291,10 @@ class World:
         self._quiet = False
         self._patches: list[Any] = [mock.patch.object(m, "time", self._time()) for m in _TIMED]
         self._patches.append(mock.patch("asyncio.to_thread", self._to_thread))
-        # In half of the worlds every body and result is a large one, in those with power all.
-        large = self.random.choice((0, contents.LARGE)) if survives is None else 0
-        self._patches.append(mock.patch.object(contents, "LARGE", large))
+        # Unless it is said, in half of the worlds every body and result is a large one.
+        drawn = random.Random(f"large {seed}").random() < 0.5
+        limit = 0 if (drawn if large is None else large) else contents.LARGE
+        self._patches.append(mock.patch.object(contents, "LARGE", limit))
         for patch in self._patches:
             patch.start()
         shutil.copy(_migrated_catalog(), self.root / "catalog.db")

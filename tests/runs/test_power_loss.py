@@ -109,7 +109,7 @@ def world(survives: Survives) -> Iterator[Clients]:
     clients = Clients()
     with mock.patch.object(segments, "FULL", 400):
         try:
-            clients.world = World(1, survives)
+            clients.world = World(1, survives, large=True)
             clients.open_session("python")
             clients.create(0, 1)
             yield clients

@@ -159,7 +159,15 @@ def test_an_effect_ahead_of_its_row_is_found(monkeypatch: pytest.MonkeyPatch) ->
         entry = Entry(seq, kind, body_hash, State.FAILED, late=True)
         await asyncio.sleep(1.0)  # a database that was locked for a while
         await run.write_patiently(
-            lambda c: journal.add(c, run.key, entry, now=0.0, failure=failure, mark_at=position)
+            lambda c: journal.add(
+                c,
+                run.services.segments,
+                run.key,
+                entry,
+                now=0.0,
+                failure=failure,
+                mark_at=position,
+            )
         )
 
     monkeypatch.setattr(Run, "_accept_late", accept_late)

@@ -1,0 +1,142 @@
+"""A flipped byte in a segment: told with the file, and never computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from holdfast.catalog.tables import contents as rows
+from holdfast.runs import bodies
+from holdfast.runs.errors import RunError
+from holdfast.runs.journal import Failure
+from holdfast.runs.publishing import Publisher
+from holdfast.runs.segments import Segments
+
+from .sim import World
+from .test_service import Clients, steps
+from .toy import batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+FORWARD_BACKWARD, OPTIM_STEP = bodies.FORWARD_BACKWARD, bodies.OPTIM_STEP
+_RECORD_HEADER = 40
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
+    monkeypatch.setattr(Publisher, "due", False)
+    clients = Clients()
+    clients.world = World(1, large=True)
+    clients.open_session("python")
+    clients.create(0, 1)
+    yield clients
+    clients.close()
+
+
+def damage(clients: Clients, run: int, seq: int, part: str) -> str:
+    """Flip a bit of a body or result; its file."""
+    with clients._world.catalog._engine.connect() as connection:
+        row = connection.execute(
+            sa.select(rows).where(
+                (rows.c.run_id == clients.all[run].id) & (rows.c.seq == seq) & (rows.c.part == part)
+            )
+        ).one()
+    path = clients._world.root / "segments" / row.segment
+    honest = path.read_bytes()
+    at = row.start + _RECORD_HEADER
+    path.write_bytes(honest[:at] + bytes([honest[at] ^ 1]) + honest[at + 1 :])
+    return str(path)
+
+
+def failure(clients: Clients, run: int, seq: int) -> Failure | None:
+    outcome, _ = clients._poll(clients.all[run].ops[seq], 30.0)
+    assert outcome is not None
+    return outcome.failure
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_a_run_that_cannot_be_replayed_stops_and_no_other(clients: Clients, server: bool) -> None:
+    clients.create(1, 1)
+    first, second = clients.all
+    for run in (first, second):
+        clients._submit(run, FORWARD_BACKWARD, batch(1))
+        clients._submit(run, OPTIM_STEP, steps())
+    clients.all_end()
+    path = damage(clients, 0, 1, "body")
+    if server:
+        clients.kill()
+    else:
+        clients.kill_the_worker()
+    try:
+        clients._submit(first, OPTIM_STEP, steps())
+    except RunError as gone:  # it has noticed already
+        message = gone.message
+    else:
+        found = failure(clients, 0, 3)
+        assert found is not None and found.code == "journal_damaged"
+        message = found.message
+    assert path in message and "request 1 " in message
+    clients._submit(second, FORWARD_BACKWARD, batch(2))
+    first.ending, first.murky = "journal_damaged", True
+    clients.all_end()
+    clients._check_logs()
+
+
+def test_an_operation_that_cannot_be_read_fails_and_marks_the_gradients(clients: Clients) -> None:
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    clients.all_end()
+    clients._submit(run, FORWARD_BACKWARD, batch(2))
+    clients._submit(run, OPTIM_STEP, steps())
+    clients._submit(run, FORWARD_BACKWARD, batch(3))
+    clients._submit(run, OPTIM_STEP, steps())
+    clients.kill()  # what was not executed is in the journal only
+    path = damage(clients, 0, 2, "body")
+    for again in range(2):  # and again as a replay has it
+        found = failure(clients, 0, 2)
+        assert found is not None and found.code == "journal_damaged" and path in found.message
+        found = failure(clients, 0, 3)
+        assert found is not None and found.code == "incomplete_gradients"
+        assert "forward_backward 2 failed" in found.message
+        assert failure(clients, 0, 4) is None and failure(clients, 0, 5) is None
+        if not again:
+            clients.kill_the_worker()
+            clients._submit(run, FORWARD_BACKWARD, batch(4))
+            assert failure(clients, 0, 6) is None
+    clients._check_logs()
+
+
+def test_a_result_that_cannot_be_read_is_told_and_the_run_goes_on(clients: Clients) -> None:
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    clients.all_end()
+    path = damage(clients, 0, 1, "result")
+    clients.kill()  # it is in memory before
+    found = failure(clients, 0, 1)
+    assert found is not None and found.code == "journal_damaged"
+    assert path in found.message and "was done" in found.message
+    clients._submit(run, OPTIM_STEP, steps())
+    clients.all_end()
+    clients._check_logs()
+
+
+def test_damage_that_is_not_looked_for_is_computed_with(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash is what finds it: without, the same damage goes unnoticed to the engine."""
+
+    def read(self: Segments, path: str, start: int, size: int) -> bytes:
+        with open(path, "rb") as file:  # noqa: PTH123
+            file.seek(start + _RECORD_HEADER)
+            return file.read(size)
+
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    clients.all_end()
+    damage(clients, 0, 1, "result")
+    clients.kill()
+    assert failure(clients, 0, 1) is not None
+    monkeypatch.setattr(Segments, "_read", read)
+    assert failure(clients, 0, 1) is None
