@@ -198,7 +198,7 @@ def test_bodies_and_results_of_an_older_schema_are_kept(tmp_path: Path) -> None:
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "0002")
+        command.upgrade(config, "0003")
         connection.execute(
             sa.text(
                 "INSERT INTO runs (id, generation, session_id, owner, created, last_request, state,"
