@@ -1,25 +1,32 @@
-"""A campaign of faults against a real server: `scripts/fault-campaign --minutes N --seed S`.
+"""A campaign of faults against real servers: `scripts/fault-campaign --minutes N --seed S`.
 
-Scripts run one after the other on one server, disturbed all the time; each must see exactly what
-the first, undisturbed one saw.
+One script after the other, each on a server of its own that is disturbed all the time; each must
+see exactly what an undisturbed one saw. The script of seed S is disturbed as any of that seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import secrets
+import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.disturb import Disturber
-from tests.faults.script import Seen, run_script
+from tests.faults.disturb import KINDS, Disturbance, Disturber, Kind, plan
+from tests.faults.script import BASE_MODEL, CLIENTS, Client, Nobody, Seen, run_script
+from tests.faults.surroundings import CLOCK, SmallDisk
 from tests.support.models import save_small_model
 from tests.support.server import ServerProcess
+
+_MEGABYTES = 256
+"""Of the disk that is filled: several times what a script needs."""
 
 
 @dataclass(frozen=True)
@@ -33,41 +40,57 @@ class Outcome:
 
 
 class Campaign:
-    """A server with fail points, its undisturbed trace, and disturbed ones."""
+    """A server with fail points and a clock of its own, and scripts on it."""
 
-    def __init__(self, directory: Path, steps: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        steps: int,
+        clients: Sequence[Client] = CLIENTS,
+        *,
+        model: Path | None = None,
+        disk: SmallDisk | None = None,
+    ) -> None:
         self._steps = steps
+        self._clients = clients
+        self._disk = disk
         self._points = directory / "points"
         self._points.mkdir(parents=True)
-        model = save_small_model("llama", directory / "model")
+        self._clock = directory / "clock"
         self.server = ServerProcess(
             directory / "server",
-            models={"small-llama": model},
-            environment={"HOLDFAST_FAILPOINTS": str(self._points)},
+            models={BASE_MODEL: model or save_small_model("llama", directory / "model")},
+            environment={
+                "HOLDFAST_FAILPOINTS": str(self._points),
+                "FAULTS_CLOCK": str(self._clock),
+            },
+            paths=[CLOCK],
         )
 
     def undisturbed(self) -> list[Seen]:
-        return run_script(self.server, self._steps, lambda: None)
+        return run_script(self.server, self._steps, Nobody(), self._clients)
 
-    def disturbed(self, seed: int) -> Outcome:
-        """Run the script once while the server is disturbed at random."""
-        return self._run(Disturber(self.server, self._points, seed))
+    def disturbed(self, planned: Iterable[Disturbance]) -> Outcome:
+        """Run the script once while the server is disturbed as planned."""
+        disturber = self._disturber()
+        return self._run(disturber, disturber.following(planned))
 
-    def dying_at_every_point(self) -> Outcome:
-        """Run the script once while the server dies at each of its fail points."""
-        disturber = Disturber(self.server, self._points, 0, only_points=True)
-        disturber.arm_every_point()
-        return self._run(disturber)
+    def dying_at(self, points: Iterable[str]) -> Outcome:
+        """Run the script once while the server dies at each of these fail points."""
+        disturber = self._disturber()
+        return self._run(disturber, disturber.dying_at(points))
 
-    def _run(self, disturber: Disturber) -> Outcome:
-        disturber.start()
-        try:
-            seen = run_script(self.server, self._steps, disturber.progress)
-        finally:
-            disturber.stop()
-        if disturber.error is not None:
-            raise disturber.error
+    def _disturber(self) -> Disturber:
+        return Disturber(self.server, self._points, self._clock, len(self._clients), self._disk)
+
+    def _run(self, disturber: Disturber, disturbing: AbstractContextManager[None]) -> Outcome:
+        with disturbing:
+            seen = run_script(self.server, self._steps, disturber, self._clients)
         return Outcome(seen, disturber.done, disturber.kills, disturber.not_reached)
+
+
+class Failed(Exception):
+    """A script that saw something of what was done to its server."""
 
 
 def main() -> int:
@@ -76,34 +99,78 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--client", choices=["sdk", "elixir", "both"], default="both")
+    parser.add_argument(
+        "--disturb", choices=KINDS, action="append", help="this kind alone, or several of them"
+    )
     options = parser.parse_args()
+    clients: dict[str, tuple[Client, ...]] = {
+        "sdk": ("sdk", "sdk"),
+        "elixir": ("elixir", "elixir"),
+        "both": CLIENTS,
+    }
     warnings.simplefilter("ignore")
+    root = Path(tempfile.mkdtemp(prefix="fault-campaign-"))
+    kinds: Sequence[Kind] = options.disturb or KINDS
+    if not _has_disks(root):
+        print("no disk can be made here: a full one is left out", flush=True)
+        kinds = [kind for kind in kinds if kind != "full disk"]
     print(f"seed {options.seed}", flush=True)
+    model = save_small_model("llama", root / "model")
+    end = time.monotonic() + 60 * options.minutes
     kills = survived = 0
-    with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign(Path(folder), options.steps)
-        with campaign.server:
-            expected = campaign.undisturbed()
-            end = time.monotonic() + 60 * options.minutes
-            seed = options.seed
-            while time.monotonic() < end:
-                try:
-                    outcome = campaign.disturbed(seed)
-                except BaseException:
-                    print(campaign.server.log[-20_000:])
-                    print(f"script {seed} failed")
-                    raise
-                kills += outcome.kills
+    try:
+        with _campaign(root / "undisturbed", options.steps, clients[options.client], model) as one:
+            expected = one.undisturbed()
+        while time.monotonic() < end:
+            seed = options.seed + survived
+            with _campaign(root / str(seed), options.steps, clients[options.client], model) as one:
+                outcome = one.disturbed(plan(seed, kinds))
                 if outcome.seen != expected:
-                    print(f"script {seed} saw a difference after {dict(outcome.done)}")
-                    print(campaign.server.log[-5000:])
-                    return 1
-                survived += 1
-                seed += 1
-                print(f"{kills} kills, {survived} scripts identical  {dict(outcome.done)}")
-                sys.stdout.flush()
+                    raise Failed(f"it saw a difference after {dict(outcome.done)}")
+                if "Traceback" in one.server.log:
+                    raise Failed("the log shows a defect")
+            shutil.rmtree(root / str(seed))
+            kills += outcome.kills
+            survived += 1
+            print(f"{kills} kills, {survived} scripts identical  {dict(outcome.done)}", flush=True)
+    except BaseException:
+        print(f"seed {options.seed}: {kills} kills, {survived} scripts identical, then one failed")
+        print(f"its data and log: {root}/{options.seed + survived}; again: --seed {seed}")
+        raise
+    shutil.rmtree(root)
     print(f"seed {options.seed}: {kills} kills, {survived} of {survived} scripts survived")
     return 0
+
+
+@contextmanager
+def _campaign(
+    directory: Path, steps: int, clients: Sequence[Client], model: Path
+) -> Iterator[Campaign]:
+    """A campaign whose server has a disk of its own where one can be made."""
+    server = directory / "server"
+    try:
+        disk = SmallDisk(server, _MEGABYTES)
+    except OSError:
+        disk = None
+    try:
+        campaign = Campaign(directory, steps, clients, model=model, disk=disk)
+        with campaign.server:
+            yield campaign
+    finally:
+        if disk is not None:
+            shutil.copytree(server, directory / "kept")
+            disk.remove()
+            server.rmdir()
+            (directory / "kept").rename(server)
+
+
+def _has_disks(directory: Path) -> bool:
+    try:
+        SmallDisk(directory / "disk", 1).remove()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

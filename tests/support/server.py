@@ -92,12 +92,16 @@ class ServerProcess(server_process.ServerProcess):
         self.stop()
         self.start()
 
+    def children(self) -> list[int]:
+        """The processes that the server has started and that run now."""
+        found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in found.split()]
+
     def worker_pids(self) -> list[int]:
         """The engine workers that run now."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [
-            int(pid)
-            for pid in children
+            pid
+            for pid in self.children()
             if b"holdfast.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
 

@@ -8,9 +8,10 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO, cast
 
 import structlog
 import uvicorn
@@ -124,13 +125,29 @@ def _socket(settings: Settings) -> Iterator[socket.socket]:
 def _announce(settings: Settings, store: str | Path, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     key = "tml-local" if settings.loopback else "one that `holdfast key create` printed"
-    print(
-        f"Holdfast serves {', '.join(settings.models)} on http://{host}:{port}\n"
-        f"  data  {settings.data_dir}\n"
-        + (f"  store {store}\n" if isinstance(store, str) else "")
-        + f"  use   TINKER_BASE_URL=http://{host}:{port} TINKER_API_KEY={key}",
-        flush=True,
-    )
+    with suppress(OSError):  # as of the log
+        print(
+            f"Holdfast serves {', '.join(settings.models)} on http://{host}:{port}\n"
+            f"  data  {settings.data_dir}\n"
+            + (f"  store {store}\n" if isinstance(store, str) else "")
+            + f"  use   TINKER_BASE_URL=http://{host}:{port} TINKER_API_KEY={key}",
+            flush=True,
+        )
+
+
+class _Forgiving:
+    """The log's file. When its disk is full lines are late or lost, and nothing else fails."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
 
 
 def _configure_log() -> None:
@@ -149,6 +166,6 @@ def _configure_log() -> None:
             else structlog.processors.LogfmtRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Forgiving(sys.stderr))),
         cache_logger_on_first_use=True,
     )
