@@ -166,6 +166,7 @@ class SimCatalog(Catalog):
         _catalog_file[:] = [world.root / "catalog.db"]
         self._writer = self._engine.connect()
         self._before_commit = []
+        self._since_checkpoint = 0
         self._batch: list[database._Work[Any]] = []
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:

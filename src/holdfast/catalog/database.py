@@ -53,6 +53,7 @@ class Catalog:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._before_commit: list[Callable[[], None]] = []
+        self._since_checkpoint = 0
         self._queue: queue.SimpleQueue[_Work[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._thread.start()
@@ -112,7 +113,6 @@ class Catalog:
         self._engine.dispose()
 
     def _run(self) -> None:
-        written = 0
         with self._engine.connect() as connection:
             while True:
                 batch = [self._queue.get()]
@@ -122,10 +122,6 @@ class Catalog:
                     except queue.Empty:
                         break
                 self._commit([item for item in batch if item is not None], connection)
-                written += len(batch)
-                if written >= _WRITES_BETWEEN_CHECKPOINTS:
-                    _checkpoint(connection)
-                    written = 0
                 if None in batch:
                     return
 
@@ -149,6 +145,10 @@ class Catalog:
         except SyncFailed as error:
             _end_process(f"the journal was not synced: {error}")
         _tell(batch)
+        self._since_checkpoint += len(batch)
+        if self._since_checkpoint >= _WRITES_BETWEEN_CHECKPOINTS:
+            self._since_checkpoint = 0
+            _checkpoint(connection)
 
     def _transact(
         self,

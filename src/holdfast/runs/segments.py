@@ -24,7 +24,7 @@ from holdfast.runs.errors import RunError
 from holdfast.store.files import Files, LocalFiles, ReadFile, WriteFile
 
 VERSION = 1
-FULL = 64 << 20
+FULL = 16 << 20
 """Bytes from which on a segment takes no more records."""
 
 _MAGIC = b"HFSEGMNT"

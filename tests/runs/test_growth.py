@@ -1,0 +1,157 @@
+"""A long run takes no more room than a short one: rows, database, segments, checkpoint store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import sqlalchemy as sa
+
+from holdfast.catalog import tables
+from holdfast.runs import bodies, contents, journal, segments
+from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.service import Lifetimes
+
+from .sim import World
+from .test_service import OWNER, Clients, steps
+from .toy import batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+AT_ONCE = 100
+"""Steps that are submitted together; then their results are read."""
+LARGE_EVERY = 5
+MORE = 1.25
+"""How much larger something may be after five times the steps: it depends on the moment."""
+
+Sizes = dict[str, int]
+
+
+def body(step: int) -> bytes:
+    """Every fifth is above the limit for the database."""
+    small = batch(step)
+    if step % LARGE_EVERY:
+        return small
+    return json.dumps({**json.loads(small), "pad": "x" * (contents.LARGE + 1)}).encode()
+
+
+def train(clients: Clients, first: int, count: int) -> None:
+    """Submit some steps and read their results."""
+    (model,) = clients.all
+    world = clients._world
+
+    async def work() -> None:
+        run = await world.runs.live(model.id, OWNER)
+        for step in range(first, first + count):
+            forward = run.submit(2 * step + 1, bodies.FORWARD_BACKWARD, body(step))
+            update = run.submit(2 * step + 2, bodies.OPTIM_STEP, steps().encode())
+            await asyncio.gather(forward, update)
+        for seq in range(2 * first + 1, 2 * (first + count) + 1):
+            outcome = await run.outcome(seq, 60.0)
+            assert outcome is not None and outcome.failure is None, outcome
+            run.delivered(seq)
+
+    clients._do(work)
+
+
+def files(folder: Path) -> tuple[int, int]:
+    """How many there are, and their bytes."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def measure(world: World) -> Sizes:
+    """Everything that a run could leave more and more of."""
+    found: Sizes = {}
+    with world.catalog._engine.connect() as connection:
+        for table in tables.metadata.sorted_tables:
+            found[f"rows of {table.name}"] = (
+                connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+            )
+    for name in ("catalog.db", "catalog.db-wal"):
+        found[name] = (world.root / name).stat().st_size
+    for name in ("segments", "store"):
+        found[f"files in {name}"], found[f"bytes in {name}"] = files(world.root / name)
+    return found
+
+
+@contextmanager
+def clients_of_a_server() -> Iterator[Clients]:
+    """With a run; segments are small, so that there are many of them."""
+    clients = Clients()
+    with mock.patch.object(segments, "FULL", 1 << 20):
+        try:
+            clients.world = World(1, large=False)
+            clients.world.runs.lifetimes = Lifetimes(between_sweeps=1200.0)
+            clients.open_session("python")
+            clients.create(0, 1)
+            yield clients
+        finally:
+            clients.close()
+
+
+def sizes_after(*counts: int) -> list[Sizes]:
+    """What there is after so many steps of one run."""
+    found = []
+    with clients_of_a_server() as clients:
+        done = 0
+        while done < counts[-1]:
+            train(clients, done, AT_ONCE)
+            done += AT_ONCE
+            if done in counts:
+                found.append(measure(clients._world))
+            clients._world.let(800.0)
+        assert clients._poll(clients.all[0].ops[0], 1.0)
+        clients._check_logs()
+    return found
+
+
+def grown(before: Sizes, after: Sizes) -> dict[str, tuple[int, int]]:
+    """What is larger by more than the moment explains."""
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if after[name] > MORE * before[name] + 4
+    }
+
+
+def test_nothing_grows_with_the_length_of_a_run() -> None:
+    before, after = sizes_after(1000, 5000)
+    assert before["rows of operations"] > 100 and before["bytes in segments"] > 1 << 20
+    assert grown(before, after) == {}
+
+
+def no_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "expire", lambda *_args, **_more: 0)
+
+
+def no_removal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "unreferenced", lambda *_args, **_more: [])
+
+
+def no_discarding(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def discard(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(Checkpoints, "discard", discard)
+
+
+@pytest.mark.parametrize(
+    ("plant", "what"),
+    [
+        (no_expiry, "rows of operations"),
+        (no_removal, "bytes in segments"),
+        (no_discarding, "bytes in store"),
+    ],
+)
+def test_growth_is_seen(
+    plant: Callable[[pytest.MonkeyPatch], None], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    before, after = sizes_after(200, 700)
+    assert what in grown(before, after)
