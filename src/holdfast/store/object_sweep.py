@@ -44,6 +44,10 @@ STAND_BACK = 600.0
 """Seconds without a sweep by the process that swept last, after which another one takes over."""
 
 
+LEFT = 3600.0
+"""Seconds of server time after which a pin that nobody has rewritten is taken for left behind."""
+
+
 @dataclass(slots=True)
 class _Scan:
     """One look at the store. What is referred to was read before what refers to it."""
@@ -176,7 +180,7 @@ class ObjectSweeper:
     def _remove(self, scan: _Scan, ages: Ages) -> SweepReport:
         """Go on with everything by one step."""
         names = list(self._clear_names(scan, ages))
-        left = [pin.key for pin in scan.pins if ages.of(pin.key) >= LONG]
+        left = [pin.key for pin in scan.pins if ages.of(pin.key) >= LEFT]
         manifests = [entry.key for entry in scan.manifests if self._bury(entry, scan, ages)]
         copies = [copy for copy in {**scan.blobs, **scan.marks} if self._fell(copy, scan, ages)]
         self._bucket.objects.delete([*left, *manifests, *copies])
