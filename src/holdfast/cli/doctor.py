@@ -76,6 +76,11 @@ def _show(found: Diagnosis, repaired: Repaired | None) -> None:
             say(f"repaired: the last state of run {key.run} is tinker://{key}")
     for kind, text in _problems(found):
         say(f"{kind}: {text}")
+    if found.shared and found.lost_runs:
+        say(
+            f"{count(len(found.lost_runs), 'run')} that this catalog does not know: another "
+            "server's, or lost with one; --repair gives their last states names to resume from"
+        )
     if found.ok:
         say("all is well")
     elif found.repairable:
@@ -105,6 +110,7 @@ def _problems(found: Diagnosis) -> list[tuple[str, str]]:
     problems += [
         ("run_lost", f"the catalog has lost run {run}; its state at position {m.seq} is there")
         for run, m in found.lost_runs.items()
+        if not found.shared
     ]
     return problems
 

@@ -40,7 +40,9 @@ class Diagnosis:
     lost_recovery_points: Mapping[str, str] = field(default_factory=dict)
     """Live runs whose newest recovery point the store does not have, and its manifest."""
     lost_runs: Mapping[str, Manifest] = field(default_factory=dict)
-    """Runs that the catalog does not know, and the newest state of each."""
+    """Runs that the catalog does not know, and the newest state of each, if it has no name."""
+    shared: bool = False
+    """Whether another server may be training them."""
 
     @property
     def repairable(self) -> bool:
@@ -49,7 +51,8 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        return not (self.damage or self.repairable or self.lost_recovery_points)
+        lost = self.lost_runs and not self.shared
+        return not (self.damage or self.differences or lost or self.lost_recovery_points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ async def examine(store: Store, catalog: Catalog) -> Diagnosis:
     reached = await asyncio.to_thread(_reach, store)
     used = {b.hash: b.size for m in reached.all.values() for b in m.files.values()}
     return Diagnosis(
-        checkpoints=reached.names,
+        checkpoints=len(reached.names),
         recovery_points=len(reached.unnamed),
         blobs=report.blobs,
         size=report.size,
@@ -81,7 +84,8 @@ async def examine(store: Store, catalog: Catalog) -> Diagnosis:
         orphan_size=max(0, report.size - sum(used.values())),
         differences=differences,
         lost_recovery_points=await _lost_recovery_points(store, catalog),
-        lost_runs=_newest(await _of_lost_runs(reached, catalog)),
+        lost_runs=_without_name(reached, _newest(await _of_lost_runs(reached, catalog))),
+        shared=store.shared,
     )
 
 
@@ -89,18 +93,20 @@ async def repair(store: Store, catalog: Catalog) -> Repaired:
     """Make the catalog's index of checkpoints agree with the store. No server may be running.
 
     The newest state of a run that the catalog does not know gets a name, `auto.POSITION`, from
-    which training goes on; the run's other recovery points are let go.
+    which training goes on; the run's recovery points are let go, unless another server that keeps
+    its checkpoints here may still need them.
     """
     checkpoints = Checkpoints(store, catalog)
     reached = await asyncio.to_thread(_reach, store)
     lost = await _of_lost_runs(reached, catalog)
     named = []
-    for manifest in _newest(lost).values():
-        state = dataclasses.replace(manifest, name=f"auto.{manifest.seq}")
+    for manifest in _without_name(reached, _newest(lost)).values():
+        state = _named(manifest)
         await checkpoints.publish(state, replace=True)
         assert state.key is not None
         named.append(state.key)
-    await checkpoints.discard(list(lost))
+    if not store.shared:
+        await checkpoints.discard(list(lost))
     listed, removed = await checkpoints.reconcile()
     return Repaired(listed + len(named), removed, tuple(named))
 
@@ -109,7 +115,7 @@ async def repair(store: Store, catalog: Catalog) -> Repaired:
 class _Reached:
     """What names and recovery points lead to, as far as it can be read."""
 
-    names: int = 0
+    names: set[NameKey] = field(default_factory=set)
     all: dict[str, Manifest] = field(default_factory=dict)
     unnamed: dict[str, Manifest] = field(default_factory=dict)
 
@@ -117,8 +123,8 @@ class _Reached:
 def _reach(store: Store) -> _Reached:
     reached = _Reached()
     damage: list[StoreError] = []  # which verifying reports
-    for _, manifest_id in store.names(on_damage=damage.append):
-        reached.names += 1
+    for key, manifest_id in store.names(on_damage=damage.append):
+        reached.names.add(key)
         try:
             reached.all[manifest_id] = store.read_manifest(manifest_id)
         except StoreError as error:
@@ -147,6 +153,15 @@ def _newest(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
         if newer:
             found[manifest.run] = manifest
     return found
+
+
+def _named(manifest: Manifest) -> Manifest:
+    """The state of a lost run under the name that it is resumed from."""
+    return dataclasses.replace(manifest, name=f"auto.{manifest.seq}")
+
+
+def _without_name(reached: _Reached, lost: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    return {run: m for run, m in lost.items() if _named(m).key not in reached.names}
 
 
 async def _lost_recovery_points(store: Store, catalog: Catalog) -> dict[str, str]:

@@ -75,7 +75,7 @@ __all__ = [
 ]
 
 
-_URL = re.compile(r"(?P<scheme>\w+)://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*/?")
+_URL = re.compile(r"(?P<scheme>\w+)://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?")
 _SCHEMES = ("s3", "gs", "az")
 
 

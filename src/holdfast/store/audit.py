@@ -33,8 +33,8 @@ class Audit:
         self.manifests = 0
 
     def report(self) -> VerifyReport:
-        size = sum(blob.size for blob in self._read.values())
-        return VerifyReport(self.manifests, len(self._read), size, tuple(self._problems))
+        sizes = {blob.hash: blob.size for blob in self._read.values()}
+        return VerifyReport(self.manifests, len(sizes), sum(sizes.values()), tuple(self._problems))
 
     @contextmanager
     def noting(self) -> Iterator[None]:

@@ -87,6 +87,10 @@ class Store(ABC):
     Every method raises an error of `holdfast.store.errors`.
     """
 
+    shared = False
+    """Whether servers with catalogs of their own may keep checkpoints here as well: what one
+    catalog does not know may be another's."""
+
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
 

@@ -56,6 +56,8 @@ class ObjectStore(Store):
     `writer`, `wall` (seconds since 1970) and `monotonic` (seconds) are replaced by tests.
     """
 
+    shared = True
+
     def __init__(
         self,
         objects: Objects,

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,12 @@ _MOST_PARTS = 9_000
 
 _AT_ONCE = 16
 """Requests for small objects at a time."""
+
+_DELETED_AT_ONCE = 1000
+"""Objects that one request deletes."""
+
+_TRIES = 3
+"""How often a request is made that is not repeated below, and does no harm twice."""
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 _METADATA = "169.254.169.254"
@@ -112,18 +118,26 @@ class RemoteObjects:
                 return None
 
     def upload(self, key: str, pieces: Iterable[memoryview], size: int) -> None:
-        with _errors(f"writing {self.url}/{key}"):
-            if size <= _PART:
-                obstore.put(self._store, key, b"".join(pieces), use_multipart=False)
-            else:
-                obstore.put(
-                    self._store,
-                    key,
-                    iter(pieces),
-                    use_multipart=True,
-                    chunk_size=max(_PART, size // _MOST_PARTS),
-                    max_concurrency=_AHEAD,
-                )
+        try:
+            with _errors(f"writing {self.url}/{key}"):
+                self._send(key, pieces, size)
+        except (IOFailed, FileNotFoundError) as error:
+            # The end of a multipart upload that is repeated, its response lost, finds no upload.
+            if self.size(key) != size:
+                raise IOFailed(f"writing {self.url}/{key}: {_reason(error)}") from error
+
+    def _send(self, key: str, pieces: Iterable[memoryview], size: int) -> None:
+        if size <= _PART:
+            obstore.put(self._store, key, b"".join(pieces), use_multipart=False)
+            return
+        obstore.put(
+            self._store,
+            key,
+            iter(pieces),
+            use_multipart=True,
+            chunk_size=max(_PART, size // _MOST_PARTS),
+            max_concurrency=_AHEAD,
+        )
 
     def get(self, keys: Sequence[str]) -> list[Got | None]:
         if len(keys) == 1:
@@ -176,15 +190,24 @@ class RemoteObjects:
         return found[:limit]
 
     def delete(self, keys: Sequence[str]) -> None:
-        if not keys:
-            return
-        with _errors(f"deleting {self.url}/{keys[0]}"):
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            self._delete(keys[start : start + _DELETED_AT_ONCE])
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        for tried in range(1, _TRIES + 1):
             try:
-                obstore.delete(self._store, list(keys))
+                with _errors(f"deleting {self.url}/{keys[0]}"):
+                    obstore.delete(self._store, list(keys))
+                return
             except FileNotFoundError:  # then what came after it may have been left
+                if len(keys) == 1:
+                    return
                 for key in keys:
-                    with suppress(FileNotFoundError):
-                        obstore.delete(self._store, key)
+                    self._delete([key])
+                return
+            except IOFailed:
+                if tried == _TRIES:
+                    raise
 
 
 class _RemoteFile:
