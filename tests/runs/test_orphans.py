@@ -11,9 +11,11 @@ import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import snapshots
+from holdfast.runs import doctor
 from holdfast.runs.checkpoints import Checkpoints
-from holdfast.store import Manifest, open_store
+from holdfast.store import Manifest, ObjectStore, open_store
 from tests.store.samples import manifest_of
+from tests.store.storage import MemoryObjects, Storage
 
 
 @pytest.mark.anyio
@@ -34,6 +36,34 @@ async def test_unnamed_manifests_without_a_row_are_discarded(tmp_path: Path) -> 
         left = await asyncio.to_thread(lambda: [found for found, _ in store.unnamed()])
         assert left == [kept] and orphan != kept
     catalog.close()
+
+
+@pytest.mark.anyio
+async def test_what_another_server_keeps_in_the_same_storage_is_left_to_it(tmp_path: Path) -> None:
+    """Starting, sweeping and repairing with another catalog lets go of nothing of its runs."""
+    theirs = Catalog.open_file(tmp_path / "theirs.db")
+    ours = Catalog.open_file(tmp_path / "ours.db")
+    storage = Storage()
+    with ObjectStore(MemoryObjects(storage)) as store, ObjectStore(MemoryObjects(storage)) as other:
+        checkpoints = Checkpoints(store, theirs)
+        files = {"adapter_model.safetensors": store.put_blob([b"weights"])}
+        older = await checkpoints.publish(manifest_of(files, name=None, seq=1))
+        newer = await checkpoints.publish(manifest_of(files, name=None, seq=2))
+        await theirs.write(lambda c: _add_run_with_snapshot(c, newer))
+
+        assert await Checkpoints(other, ours).discard_orphans() == 0
+        found = await doctor.examine(other, ours)
+        assert found.ok and found.repairable
+        assert list(found.lost_runs) == ["3f0c:train:0"]
+        repaired = await doctor.repair(other, ours)
+        assert [key.name for key in repaired.named] == ["auto.2"]
+        found = await doctor.examine(other, ours)
+        assert found.ok and not found.repairable
+
+        assert {id for id, _ in store.unnamed()} == {older, newer}
+        assert (await doctor.examine(store, theirs)).lost_recovery_points == {}
+    theirs.close()
+    ours.close()
 
 
 def _add_run_with_snapshot(connection: sa.Connection, manifest_id: str) -> None:
