@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
 
 from holdfast.store.files import ReadFile
 from holdfast.store.objects import Got, Listed, Version
@@ -68,7 +67,7 @@ class MemoryObjects:
     @contextmanager
     def open(self, key: str) -> Iterator[ReadFile | None]:
         got = self._get(key)
-        yield None if got is None else _File(got.data)
+        yield None if got is None else _File(self, key, got.data)
 
     def size(self, key: str) -> int | None:
         self.calling("size", key)
@@ -93,15 +92,26 @@ class MemoryObjects:
 
 
 class _File:
-    def __init__(self, data: bytes) -> None:
+    """Read part by part: it may be gone before the end."""
+
+    def __init__(self, objects: MemoryObjects, key: str, data: bytes) -> None:
         self.size = len(data)
-        self._file = BytesIO(data)
+        self._objects = objects
+        self._key = key
+        self._position = 0
 
     def readinto(self, buffer: memoryview) -> int:
-        return self._file.readinto(buffer)
+        self._objects.calling("read", self._key)
+        found = self._objects.storage.objects.get(self._key)
+        if found is None:
+            raise FileNotFoundError(self._key)
+        piece = found[0][self._position :][: len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
 
     def seek(self, position: int) -> None:
-        self._file.seek(position)
+        self._position = position
 
     def close(self) -> None:
         """Nothing is held."""

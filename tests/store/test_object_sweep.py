@@ -241,3 +241,20 @@ def test_damage_keeps_what_it_may_refer_to(swept: Swept, damaged: str) -> None:
     swept.storage.put(key, data)
     swept.sweep(*[HOUR] * 8)
     assert len(swept.there("blobs")) == 1
+
+
+def test_a_copy_that_goes_while_it_is_read_gives_way_to_another(swept: Swept) -> None:
+    content = bytes(5 << 20)
+    kept = swept.save(content)
+    blob = swept.store.put_blob([content])
+    assert blob == kept.files[WEIGHTS]
+    newest = swept.there("blobs")[1]
+    pieces = swept.store.stream_blob(blob, what="weights")
+    read = next(pieces)
+    del swept.storage.objects[newest]
+    assert read + b"".join(pieces) == content
+    pieces = swept.store.stream_blob(blob, what="weights")
+    next(pieces)
+    swept.storage.objects.clear()
+    with pytest.raises(MissingBlob, match="weights is missing: it was removed meanwhile"):
+        list(pieces)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from holdfast.store.base import VerifyReport
 from holdfast.store.disk import Disk
@@ -59,12 +59,19 @@ class Audit:
         if self._read.get(path) == blob:
             return
         self._read[path] = blob
-        with storage_errors(f"reading {path}"), self._open(path) as file:
+        with storage_errors(f"reading {path}"):
+            there = self._read_file(path, blob, what)
+        if not there and still():
+            raise MissingBlob(f"{what} is missing: there is no {path}")
+
+    def _read_file(self, path: str, blob: Blob, what: str) -> bool:
+        """Whether it is there, until all of it has been read."""
+        with suppress(FileNotFoundError), self._open(path) as file:
             if file is not None:
                 check_size(file, blob, what, path)
                 verify_file(file, blob, what, path)
-            elif still():
-                raise MissingBlob(f"{what} is missing: there is no {path}")
+                return True
+        return False
 
     def has_read(self, path: str) -> bool:
         return path in self._read

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from uuid import uuid4
 
 from holdfast.store.audit import Audit
@@ -91,17 +91,15 @@ class ObjectStore(Store):
 
     @contextmanager
     def _open_blob(self, blob: Blob, what: str) -> Iterator[tuple[ReadFile, str]]:
-        for copy in self._copies(blob):
-            path = self._bucket.path(copy.key)
-            with (
-                storage_errors(f"reading {what} from {path}"),
-                self._objects.open(copy.key) as file,
-            ):
-                if file is not None:  # else it was swept, and another one is referred to
-                    check_size(file, blob, what, path)
-                    yield file, path
-                    return
-        raise MissingBlob(f"{what} is missing: there is no {self._bucket.path('blobs', blob.hash)}")
+        copies = self._copies(blob)
+        if not copies:
+            path = self._bucket.path("blobs", blob.hash)
+            raise MissingBlob(f"{what} is missing: there is no {path}")
+        path = self._bucket.path(copies[0].key)
+        doing = f"reading {what} from {path}"
+        with storage_errors(doing), _AnyCopy(self._objects, copies, what) as file:
+            check_size(file, blob, what, path)
+            yield file, path
 
     def has_blob(self, blob: Blob) -> bool:
         return any(copy.size == blob.size for copy in self._copies(blob))
@@ -116,7 +114,7 @@ class ObjectStore(Store):
     def publish(self, manifest: Manifest) -> str:
         manifest_id = content_hash(manifest.to_bytes())
         unnamed = manifest.name is None
-        if unnamed and any(self._kept(manifest_id)):
+        if unnamed and any(not isinstance(e.value, StoreError) for e in self._kept(manifest_id)):
             return manifest_id
         dead: set[str] = set()
         while True:
@@ -355,3 +353,50 @@ class ObjectStore(Store):
             path = self._bucket.path("blobs", blob.hash, cell.copies[blob.hash])
             with audit.noting():
                 audit.check_blob(path, blob, f"{name} of {cell.manifest.label}", still)
+
+
+class _AnyCopy:
+    """One of several copies of a blob; one that is swept meanwhile gives way to the next."""
+
+    def __init__(self, objects: Objects, copies: Sequence[Listed], what: str) -> None:
+        self._objects = objects
+        self._left = [copy.key for copy in copies if copy.size == copies[0].size]
+        self._what = what
+        self._opened = ExitStack()
+        self._file: ReadFile | None = None
+        self._position = 0
+        self.size = copies[0].size
+
+    def readinto(self, buffer: memoryview) -> int:
+        while True:
+            file = self._file or self._open_next()
+            try:
+                count = file.readinto(buffer)
+            except FileNotFoundError:
+                self._file = None
+                continue
+            self._position += count
+            return count
+
+    def _open_next(self) -> ReadFile:
+        while self._file is None:
+            if not self._left:
+                raise MissingBlob(f"{self._what} is missing: it was removed meanwhile")
+            self._opened.close()
+            self._file = self._opened.enter_context(self._objects.open(self._left.pop(0)))
+        self._file.seek(self._position)
+        return self._file
+
+    def seek(self, position: int) -> None:
+        self._position = position
+        if self._file is not None:
+            self._file.seek(position)
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __enter__(self) -> _AnyCopy:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
