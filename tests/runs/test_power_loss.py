@@ -22,6 +22,7 @@ from holdfast.catalog.tables import contents as content_rows
 from holdfast.catalog.tables import snapshots
 from holdfast.runs import bodies, segments
 from holdfast.runs.bodies import Load, Save
+from holdfast.runs.errors import Unavailable
 from holdfast.runs.segments import JournalDamaged, Place, Segments
 from tests.store.crash import Disk
 
@@ -166,6 +167,36 @@ def test_nothing_is_lost_whenever_the_power_is(script: Script) -> None:
     assert len(calls) > 100
     for i, die_at in enumerate(calls[::STRIDE]):
         perform(script, (nothing, any_part, everything)[i % 3], die_at)
+
+
+def test_a_full_disk_refuses_submissions_and_settles_nothing() -> None:
+    with world(nothing) as clients:
+        (run,) = clients.all
+        train(clients, 1)
+        clients.all_end()
+        power = clients._world.power
+        assert power is not None
+        power.full = True
+        body = batch(2)
+
+        async def submit() -> str:
+            live = await clients._world.runs.live(run.id, OWNER)
+            return await live.submit(3, bodies.FORWARD_BACKWARD, body)
+
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="No space left"):
+                clients._world.loop.run_until_complete(submit())
+        power.full = False
+        clients._submit(run, bodies.FORWARD_BACKWARD, body)
+        power.full = True  # its result waits until there is room
+        clients.pass_time(30.0)
+        assert clients._poll(run.ops[3], 0.0)[0] is None
+        power.full = False
+        clients.all_end()
+        train(clients, 3)
+        clients.all_end()
+        everything_verifies(clients._world)
+        clients._check_logs()
 
 
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,9 +251,12 @@ class ToyEngine:
         """What a capture does beside the training."""
         await self._reach("write")
         weights, rest = state.encode()
-        files = {ADAPTER_WEIGHTS: self._store.put_blob([weights])}
-        if optimizer:
-            files[OPTIMIZER_STATE] = self._store.put_blob([rest])
+        try:
+            files = {ADAPTER_WEIGHTS: self._store.put_blob([weights])}
+            if optimizer:
+                files[OPTIMIZER_STATE] = self._store.put_blob([rest])
+        except StoreError as error:
+            raise EngineError(error.code, str(error), "server") from error
         self._die_perhaps("written")
         return Captured(state.info, files)
 
