@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from holdfast.cli.serve import command as serve_command
+from holdfast.server.data_dir import CannotUse, existing_store, location, remember
+from holdfast.server.settings import Settings
+from holdfast.store import open_store
 from tests.server.test_exact_resume import assert_three_way, created, saved_run
 from tests.support.s3 import S3Server
 from tests.support.sdk import service_client
@@ -64,3 +69,52 @@ def test_a_store_that_cannot_be_used_is_told_in_one_sentence(s3: S3Server, tmp_p
     assert "there is no such bucket: NoSuchBucket" in missing.stderr
     assert "Traceback" not in missing.stderr
     assert missing.stderr.count("\n") == 1
+
+
+# Which store a data directory belongs to
+
+
+def test_a_data_directory_stays_with_its_store(tmp_path: Path) -> None:
+    assert location(tmp_path, None) == tmp_path / "store"
+    assert location(tmp_path, "s3://bucket/x/") == "s3://bucket/x"
+    remember(tmp_path, None)
+    assert location(tmp_path, None) == tmp_path / "store"
+    remember(tmp_path, "s3://bucket/x/")
+    remember(tmp_path, "s3://bucket/x")
+    assert location(tmp_path, None) == "s3://bucket/x" == location(tmp_path, "s3://bucket/x/")
+    with pytest.raises(CannotUse, match=r"are in s3://bucket/x, not in gs://other: leave --store"):
+        location(tmp_path, "gs://other")
+
+
+def test_a_data_directory_with_checkpoints_in_it_is_not_used_with_a_storage(tmp_path: Path) -> None:
+    open_store(tmp_path / "store").close()
+    with pytest.raises(CannotUse, match=r"/store, not in s3://bucket/x: leave --store out, or"):
+        location(tmp_path, "s3://bucket/x")
+
+
+def test_looking_creates_no_store(s3: S3Server, url: str, tmp_path: Path) -> None:
+    with pytest.raises(CannotUse, match=f"^there is no store at {url}$"):
+        existing_store(tmp_path, url)
+    with pytest.raises(CannotUse, match="is not the address of a store"):
+        existing_store(tmp_path, "http://bucket/x")
+    with pytest.raises(CannotUse, match="name the one that `holdfast serve` uses with --data-dir"):
+        existing_store(tmp_path, None)
+
+
+@pytest.mark.parametrize("how", ["flag", "environment", "file"])
+def test_a_store_is_named_by_a_flag_the_environment_or_a_file(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Settings] = []
+    monkeypatch.setattr("holdfast.server.serve.serve", started.append)
+    args = [f"--data-dir={tmp_path}"]
+    if how == "flag":
+        args.append("--store=s3://bucket/x")
+    elif how == "environment":
+        monkeypatch.setenv("HOLDFAST_STORE", "s3://bucket/x")
+    else:
+        (tmp_path / "holdfast.toml").write_text('store = "s3://bucket/x"')
+        args.append(f"--config={tmp_path / 'holdfast.toml'}")
+    result = CliRunner().invoke(serve_command, args)
+    assert result.exit_code == 0, result.output
+    assert [settings.store for settings in started] == ["s3://bucket/x"]

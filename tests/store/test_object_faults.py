@@ -159,6 +159,15 @@ def test_refused_credentials_are_told(s3: S3Server, proxy: Proxy) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_missing_credentials_are_told(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    # Where the machines of a cloud ask for theirs; here nobody answers.
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9/169.254.169.254")
+    with pytest.raises(NoAccess, match=r"no credentials \(for S3 AWS_ACCESS_KEY_ID and AWS_SEC"):
+        open_store("s3://some-bucket/x")
+
+
 def test_a_missing_bucket_is_told(s3: S3Server) -> None:
     with pytest.raises(NotAStore, match=r"^there is no such bucket: NoSuchBucket: The"):
         open_store("s3://no-such-bucket/x")

@@ -278,8 +278,9 @@ def _errors(doing: str) -> Iterator[None]:
         _check_bucket(error)
         if _METADATA in str(error):
             raise NoAccess(
-                f"{doing}: there are no credentials; for S3 set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY"
+                f"{doing}: the environment has no credentials (for S3 AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, for Google GOOGLE_APPLICATION_CREDENTIALS, for Azure "
+                "AZURE_STORAGE_ACCOUNT_KEY)"
             ) from error
         raise IOFailed(f"{doing}: {_reason(error)}") from error
 
