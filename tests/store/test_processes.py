@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.store import Corrupt, LocalStore, Manifest, NameTaken
+from holdfast.store import Corrupt, LocalStore, Manifest, NameTaken, Store, open_store
 from tests.store.samples import OPTIMIZER, WEIGHTS, key_of, manifest_of
 
 CONTEXT = multiprocessing.get_context("spawn")
@@ -26,7 +26,7 @@ def state(seed: int) -> tuple[bytes, bytes]:
     return generator.randbytes(200_000), generator.randbytes(300_000)
 
 
-def save(store: LocalStore, seq: int, name: str | None = "final") -> Manifest:
+def save(store: Store, seq: int, name: str | None = "final") -> Manifest:
     weights, optimizer = state(seq)
     files = {WEIGHTS: store.put_blob([weights]), OPTIMIZER: store.put_blob([optimizer])}
     manifest = manifest_of(files, seq=seq, name=name)
@@ -36,33 +36,38 @@ def save(store: LocalStore, seq: int, name: str | None = "final") -> Manifest:
     return manifest
 
 
-def load(store: LocalStore, manifest: Manifest) -> None:
+def load(store: Store, manifest: Manifest) -> None:
     read = tuple(store.read_blob(manifest.files[n], what=n) for n in (WEIGHTS, OPTIMIZER))
     assert read == state(manifest.seq)
 
 
-def _overwrite_for_ever(root: Path, first: int, pipe: Connection) -> None:
-    store = LocalStore(root)
+def _overwrite_for_ever(location: str, first: int, pipe: Connection) -> None:
+    store = open_store(location)
     for seq in range(first, first + 10_000):
         save(store, seq)
         pipe.send(seq)
 
 
-def start(root: Path, first: int) -> tuple[SpawnProcess, Connection]:
+def start(location: str, first: int) -> tuple[SpawnProcess, Connection]:
     ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_overwrite_for_ever, args=(root, first, theirs))
+    process = CONTEXT.Process(target=_overwrite_for_ever, args=(location, first, theirs))
     process.start()
     theirs.close()
     return process, ours
 
 
-def test_a_saver_that_is_killed_at_any_time_loses_nothing_acknowledged(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "attempts"), [("local disk", 8), ("S3 server", 4)])
+def test_a_saver_that_is_killed_at_any_time_loses_nothing_acknowledged(
+    kind: str, attempts: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """kill -9 during overwrites of one name: it is the last acknowledged one or the next."""
-    root = tmp_path / "store"
-    store = LocalStore(root)
+    location = str(tmp_path / "store")
+    if kind == "S3 server":
+        location = f"s3://{request.getfixturevalue('s3').bucket()}/store"
+    store = open_store(location)
     waits = random.Random(3)
-    for attempt in range(8):
-        process, pipe = start(root, attempt * 10_000)
+    for attempt in range(attempts):
+        process, pipe = start(location, attempt * 10_000)
         acknowledged = pipe.recv()
         time.sleep(waits.random() * 0.05)
         assert process.pid is not None
@@ -79,6 +84,7 @@ def test_a_saver_that_is_killed_at_any_time_loses_nothing_acknowledged(tmp_path:
         assert manifest.seq in (acknowledged, acknowledged + 1)
         load(store, manifest)
     assert store.verify().ok
+    store.close()
 
 
 def test_saves_loads_and_sweeps_of_several_processes_do_not_disturb_each_other(
@@ -87,7 +93,7 @@ def test_saves_loads_and_sweeps_of_several_processes_do_not_disturb_each_other(
     root = tmp_path / "store"
     clock = [0.0]
     sweeper = LocalStore(root, monotonic=lambda: clock[0])
-    savers = [start(root, first) for first in (0, 50_000)]
+    savers = [start(str(root), first) for first in (0, 50_000)]
     removed = loads = 0
     try:
         for _, pipe in savers:

@@ -7,79 +7,50 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from holdfast.store import Blob, LocalStore, Manifest, MissingBlob, NameTaken, SweepReport
+from holdfast.store import Blob, LocalStore, MissingBlob, NameTaken, SweepReport
+from holdfast.store.aging import Ages
 from holdfast.store.files import LocalFiles
-from tests.store.model import Clock
 from tests.store.samples import WEIGHTS, key_of, manifest_of
-
-HOUR = 3600.0
-
-
-class Swept:
-    """A store on a real disk whose clocks are moved by hand."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.clock = Clock()
-        self.store = self.open()
-
-    def open(self) -> LocalStore:
-        return LocalStore(
-            self.root, wall=lambda: self.clock.wall, monotonic=lambda: self.clock.monotonic
-        )
-
-    def sweep(self, *after: float) -> SweepReport:
-        """Sweep once after each of these times; the last report."""
-        report = SweepReport()
-        for seconds in after:
-            self.clock.monotonic += seconds
-            report = self.store.sweep()
-        return report
-
-    def save(self, content: bytes, name: str | None = "final", **changes: object) -> Manifest:
-        manifest = manifest_of({WEIGHTS: self.store.put_blob([content])}, name=name, **changes)
-        self.store.publish(manifest)
-        if name is not None:
-            self.store.set_name(key_of(manifest), manifest.id, replace=True)
-        return manifest
-
-    def files(self) -> set[str]:
-        return {
-            f"{directory}/{path.name}"
-            for directory in ("blobs", "manifests", "unnamed", "names", "tmp", "fresh", "pins")
-            for path in (self.root / directory).iterdir()
-        }
+from tests.store.swept import HOUR, LocalSwept, StoredSwept, Swept
 
 
 @pytest.fixture
-def swept(tmp_path: Path) -> Swept:
-    return Swept(tmp_path / "store")
+def swept(tmp_path: Path) -> LocalSwept:
+    return LocalSwept(tmp_path / "store")
 
 
-def test_what_is_referred_to_stays(swept: Swept) -> None:
-    swept.save(b"named")
-    swept.save(b"snapshot", name=None)
-    files = swept.files()
+@pytest.fixture(params=["local disk", "object storage"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Swept[Any]:
+    """The same is asked of both."""
+    return LocalSwept(tmp_path / "store") if request.param == "local disk" else StoredSwept()
+
+
+def test_what_is_referred_to_stays(either: Swept[Any]) -> None:
+    either.save(b"named")
+    either.save(b"snapshot", name=None)
+    files = either.files()
     assert len(files) == 5
-    assert swept.sweep(*[HOUR] * 5) == SweepReport()
-    assert swept.files() == files
+    assert either.sweep(*[HOUR] * 5) == SweepReport()
+    assert either.files() == files
 
 
-def test_an_overwritten_checkpoint_goes_within_minutes(swept: Swept) -> None:
-    swept.save(b"old")
-    kept = swept.save(b"new")
-    reports = [swept.sweep(70.0) for _ in range(4)]
+def test_an_overwritten_checkpoint_goes_within_minutes(either: Swept[Any]) -> None:
+    either.save(b"old")
+    either.sweep(0.0)
+    kept = either.save(b"new")
+    reports = [either.sweep(70.0) for _ in range(5)]
     assert sum(report.manifests for report in reports) == 1
     assert sum(report.blobs for report in reports) == 1
     assert sum(report.size for report in reports) == 3
-    assert swept.store.read_blob(kept.files[WEIGHTS], what="x") == b"new"
-    assert len(swept.files()) == 3
+    assert either.store.read_blob(kept.files[WEIGHTS], what="x") == b"new"
+    assert len(either.files()) == 3
 
 
-def test_a_discarded_snapshot_goes_and_what_it_shares_stays(swept: Swept) -> None:
+def test_a_discarded_snapshot_goes_and_what_it_shares_stays(swept: LocalSwept) -> None:
     snapshot = swept.save(b"shared", name=None)
     kept = swept.save(b"shared")
     swept.store.discard(snapshot.id)
@@ -92,34 +63,34 @@ def test_a_discarded_snapshot_goes_and_what_it_shares_stays(swept: Swept) -> Non
     }
 
 
-def test_a_blob_that_waits_for_its_manifest_stays_for_an_hour(swept: Swept) -> None:
-    blob = swept.store.put_blob([b"slow save"])
-    swept.sweep(0.0, *[300.0] * 11)
+def test_a_blob_that_waits_for_its_manifest_stays_for_an_hour(either: Swept[Any]) -> None:
+    blob = either.store.put_blob([b"slow save"])
+    either.sweep(0.0, *[300.0] * 11)
     manifest = manifest_of({WEIGHTS: blob}, name=None)
-    swept.store.publish(manifest)
-    swept.sweep(*[300.0] * 30)
-    assert swept.store.read_blob(blob, what="x") == b"slow save"
+    either.store.publish(manifest)
+    either.sweep(*[300.0] * 30)
+    assert either.store.read_blob(blob, what="x") == b"slow save"
 
 
-def test_a_blob_that_nobody_published_goes_after_an_hour(swept: Swept) -> None:
-    blob = swept.store.put_blob([b"lost save"])
-    swept.sweep(*[300.0] * 12)
-    assert swept.store.has_blob(blob)
-    swept.sweep(*[300.0] * 3)
-    assert swept.files() == set()
+def test_a_blob_that_nobody_published_goes_after_an_hour(either: Swept[Any]) -> None:
+    blob = either.store.put_blob([b"lost save"])
+    either.sweep(0.0, *[300.0] * 11)
+    assert either.store.has_blob(blob)
+    either.sweep(*[300.0] * 3)
+    assert either.files() == set()
     with pytest.raises(MissingBlob):
-        swept.store.publish(manifest_of({WEIGHTS: blob}))
+        either.store.publish(manifest_of({WEIGHTS: blob}))
 
 
-def test_a_save_is_not_disturbed_by_another_one_of_the_same_content(swept: Swept) -> None:
-    blob = swept.store.put_blob([b"same"])
-    swept.store.discard(swept.save(b"same", name=None).id)
-    swept.sweep(*[70.0] * 9)
-    swept.store.publish(manifest_of({WEIGHTS: blob}, name=None))
-    assert swept.store.verify().ok
+def test_a_save_is_not_disturbed_by_another_one_of_the_same_content(either: Swept[Any]) -> None:
+    blob = either.store.put_blob([b"same"])
+    either.store.discard(either.save(b"same", name=None).id)
+    either.sweep(*[70.0] * 9)
+    either.store.publish(manifest_of({WEIGHTS: blob}, name=None))
+    assert either.store.verify().ok
 
 
-def test_a_name_that_is_set_again_starts_its_time_anew(swept: Swept) -> None:
+def test_a_name_that_is_set_again_starts_its_time_anew(swept: LocalSwept) -> None:
     swept.save(b"first", expires=swept.clock.wall - 1)
     swept.sweep(0.0, HOUR - 1)
     manifest = swept.save(b"second", expires=swept.clock.wall - 1)
@@ -139,7 +110,7 @@ class Interrupted(LocalFiles):
         return super().lock(path, exclusive=exclusive)
 
 
-def test_what_is_used_at_the_last_moment_stays(swept: Swept) -> None:
+def test_what_is_used_at_the_last_moment_stays(swept: LocalSwept) -> None:
     blob = swept.store.put_blob([b"x"])
     swept.sweep(0.0, HOUR, 0.0)
     assert swept.files() == {f"blobs/{blob.hash}"}
@@ -162,55 +133,59 @@ def test_what_is_used_at_the_last_moment_stays(swept: Swept) -> None:
     assert swept.store.resolve(key_of(named)) == named.id
 
 
-def test_a_published_manifest_may_get_its_name_later(swept: Swept) -> None:
-    manifest = manifest_of({WEIGHTS: swept.store.put_blob([b"x"])})
-    swept.store.publish(manifest)
-    swept.sweep(*[300.0] * 12)
-    swept.store.set_name(key_of(manifest), manifest.id)
-    swept.sweep(*[300.0] * 30)
-    assert swept.store.verify().ok
-    assert swept.store.resolve(key_of(manifest)) == manifest.id
+def test_a_published_manifest_may_get_its_name_later(either: Swept[Any]) -> None:
+    manifest = manifest_of({WEIGHTS: either.store.put_blob([b"x"])})
+    either.store.publish(manifest)
+    either.sweep(*[300.0] * 12)
+    either.store.set_name(key_of(manifest), manifest.id)
+    either.sweep(*[300.0] * 30)
+    assert either.store.verify().ok
+    assert either.store.resolve(key_of(manifest)) == manifest.id
 
 
-def test_an_expired_name_is_hidden_at_once_and_goes_an_hour_later(swept: Swept) -> None:
-    manifest = swept.save(b"x", expires=swept.clock.wall + 10)
+def test_an_expired_name_is_hidden_at_once_and_goes_an_hour_later(either: Swept[Any]) -> None:
+    manifest = either.save(b"x", expires=either.clock.wall + 10)
     key = key_of(manifest)
-    swept.clock.wall += 10
-    assert swept.store.resolve(key) is None
-    assert list(swept.store.names()) == []
-    assert swept.sweep(HOUR, HOUR - 1).names == ()
-    assert swept.store.read_manifest(manifest.id) == manifest
-    assert swept.sweep(1.0).names == (key,)
-    swept.sweep(*[70.0] * 4)
-    assert swept.files() == set()
+    either.clock.wall += 10
+    assert either.store.resolve(key) is None
+    assert list(either.store.names()) == []
+    assert either.sweep(HOUR, HOUR - 1).names == ()
+    assert either.store.read_manifest(manifest.id) == manifest
+    assert either.sweep(1.0).names == (key,)
+    either.clock.wall -= 20
+    assert either.store.resolve(key) is None
+    either.sweep(*[70.0] * 6)
+    assert either.content() == set()
 
 
-def test_the_name_of_an_expired_checkpoint_is_free(swept: Swept) -> None:
-    manifest = swept.save(b"x", expires=swept.clock.wall + 10)
+def test_the_name_of_an_expired_checkpoint_is_free(either: Swept[Any]) -> None:
+    manifest = either.save(b"x", expires=either.clock.wall + 10)
     other = manifest_of({}, seq=99)
-    swept.store.publish(other)
+    either.store.publish(other)
     with pytest.raises(NameTaken):
-        swept.store.set_name(key_of(other), other.id)
-    swept.clock.wall += 10
-    swept.store.set_name(key_of(other), other.id)
-    assert swept.store.resolve(key_of(manifest)) == other.id
+        either.store.set_name(key_of(other), other.id)
+    either.clock.wall += 10
+    either.store.set_name(key_of(other), other.id)
+    assert either.store.resolve(key_of(manifest)) == other.id
 
 
 @pytest.mark.parametrize("jump", [1e3, 1e9])
-def test_a_clock_that_jumps_ahead_for_a_while_removes_nothing(swept: Swept, jump: float) -> None:
-    manifest = swept.save(b"x", expires=swept.clock.wall + 500)
-    swept.clock.wall += jump
-    assert swept.sweep(HOUR, HOUR - 5).waiting == 1
-    swept.clock.wall -= jump
-    assert swept.sweep(10.0, HOUR).waiting == 0
-    swept.clock.wall += jump
-    assert swept.sweep(10.0, HOUR - 5).names == ()
-    swept.clock.wall -= jump
-    assert swept.store.resolve(key_of(manifest)) == manifest.id
-    assert swept.store.verify(manifest.id).ok
+def test_a_clock_that_jumps_ahead_for_a_while_removes_nothing(
+    either: Swept[Any], jump: float
+) -> None:
+    manifest = either.save(b"x", expires=either.clock.wall + 500)
+    either.clock.wall += jump
+    assert either.sweep(HOUR, HOUR - 5).waiting == 1
+    either.clock.wall -= jump
+    assert either.sweep(10.0, HOUR).waiting == 0
+    either.clock.wall += jump
+    assert either.sweep(10.0, HOUR - 5).names == ()
+    either.clock.wall -= jump
+    assert either.store.resolve(key_of(manifest)) == manifest.id
+    assert either.store.verify(manifest.id).ok
 
 
-def test_only_time_between_sweeps_of_the_same_process_counts(swept: Swept) -> None:
+def test_only_time_between_sweeps_of_the_same_process_counts(swept: LocalSwept) -> None:
     blob = swept.store.put_blob([b"x"])
     swept.sweep(0.0)
     for _ in range(5):
@@ -223,17 +198,17 @@ def test_only_time_between_sweeps_of_the_same_process_counts(swept: Swept) -> No
     assert not swept.store.has_blob(blob)
 
 
-def test_a_damaged_note_of_earlier_sweeps_only_delays(swept: Swept) -> None:
-    swept.store.put_blob([b"x"])
-    swept.sweep(0.0, HOUR - 1)
-    for damage in (b"", b"{}", b"\xff" * 100, (swept.root / "sweep.json").read_bytes()[:-3]):
-        (swept.root / "sweep.json").write_bytes(damage)
-        assert swept.sweep(10.0) == SweepReport(waiting=1)
-    swept.sweep(HOUR, 70.0, 70.0)
-    assert swept.files() == set()
+def test_a_damaged_note_of_earlier_sweeps_only_delays(either: Swept[Any]) -> None:
+    either.store.put_blob([b"x"])
+    either.sweep(0.0, HOUR - 1)
+    for damage in (b"", b"{}", b"\xff" * 100, Ages().encode()[:-3]):
+        either.spoil_note(damage)
+        assert either.sweep(10.0).waiting == 1
+    either.sweep(HOUR, 70.0, 70.0)
+    assert either.files() == set()
 
 
-def test_a_damaged_name_keeps_every_manifest(swept: Swept) -> None:
+def test_a_damaged_name_keeps_every_manifest(swept: LocalSwept) -> None:
     first, second = swept.save(b"1"), swept.save(b"2")
     path = swept.root / "names" / "3f0c%3atrain%3a0@weights@final"
     record = path.read_bytes()
@@ -247,7 +222,7 @@ def test_a_damaged_name_keeps_every_manifest(swept: Swept) -> None:
     assert {m for m in swept.files() if m.startswith("manifests/")} == {f"manifests/{second.id}"}
 
 
-def test_a_damaged_manifest_keeps_every_blob(swept: Swept) -> None:
+def test_a_damaged_manifest_keeps_every_blob(swept: LocalSwept) -> None:
     manifest = swept.save(b"1")
     path = swept.root / "manifests" / manifest.id
     path.write_bytes(path.read_bytes()[:-1])
@@ -259,24 +234,24 @@ def test_a_damaged_manifest_keeps_every_blob(swept: Swept) -> None:
     assert len([f for f in swept.files() if f.startswith("blobs/")]) == 2
 
 
-def test_debris_of_killed_processes_goes(swept: Swept) -> None:
+def test_debris_of_killed_processes_goes(swept: LocalSwept) -> None:
     for name in ("tmp/0", "pins/" + "0" * 64 + ".1", "fresh/" + "0" * 64 + ".1"):
         (swept.root / name).write_bytes(b"")
     swept.sweep(*[HOUR] * 3)
     assert swept.files() == set()
 
 
-def test_a_file_being_written_is_left_alone(swept: Swept) -> None:
+def test_a_file_being_written_is_left_alone(either: Swept[Any]) -> None:
     def parts() -> Iterator[bytes]:
         yield b"first"
-        swept.sweep(*[HOUR] * 5)
+        either.sweep(*[HOUR] * 5)
         yield b" second"
 
-    blob = swept.store.put_blob(parts())
-    assert swept.store.read_blob(blob, what="x") == b"first second"
+    blob = either.store.put_blob(parts())
+    assert either.store.read_blob(blob, what="x") == b"first second"
 
 
-def test_a_pinned_manifest_stays_until_it_is_released(swept: Swept) -> None:
+def test_a_pinned_manifest_stays_until_it_is_released(swept: LocalSwept) -> None:
     manifest = swept.save(b"x")
     with swept.store.pin(manifest.id) as pinned:
         assert pinned == manifest
@@ -293,7 +268,7 @@ def _hold_pin(root: Path, manifest_id: str, pipe: Connection) -> None:
         pipe.recv()
 
 
-def test_a_pin_of_another_process_holds_and_ends_with_it(swept: Swept) -> None:
+def test_a_pin_of_another_process_holds_and_ends_with_it(swept: LocalSwept) -> None:
     manifest = swept.save(b"x")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -311,12 +286,12 @@ def test_a_pin_of_another_process_holds_and_ends_with_it(swept: Swept) -> None:
     assert swept.files() == set()
 
 
-def test_a_hash_that_was_never_put_is_missing(swept: Swept) -> None:
+def test_a_hash_that_was_never_put_is_missing(either: Swept[Any]) -> None:
     with pytest.raises(MissingBlob):
-        swept.store.read_blob(Blob("1" * 64, 1), what="x")
+        either.store.read_blob(Blob("1" * 64, 1), what="x")
 
 
-def test_a_pinned_snapshot_stays_when_it_is_discarded(swept: Swept) -> None:
+def test_a_pinned_snapshot_stays_when_it_is_discarded(swept: LocalSwept) -> None:
     snapshot = swept.save(b"x", name=None)
     with swept.store.pin(snapshot.id):
         assert swept.store.discard(snapshot.id)
