@@ -6,6 +6,7 @@ It keeps what S3, GCS and Azure promise: a write is there, or not there, for eve
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ class Storage:
     objects: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     """Content and version by key."""
     versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held by a write that has a condition: threads may use it at once."""
 
     def put(self, key: str, data: bytes) -> Version:
         number = next(self.versions)
@@ -41,14 +44,16 @@ class MemoryObjects:
 
     def create(self, key: str, data: bytes) -> Version | None:
         self.calling("create", key)
-        return None if key in self.storage.objects else self.storage.put(key, data)
+        with self.storage.lock:
+            return None if key in self.storage.objects else self.storage.put(key, data)
 
     def swap(self, key: str, data: bytes, version: Version) -> Version | None:
         self.calling("swap", key)
-        found = self.storage.objects.get(key)
-        if found is None or str(found[1]) != version.etag:
-            return None
-        return self.storage.put(key, data)
+        with self.storage.lock:
+            found = self.storage.objects.get(key)
+            if found is None or str(found[1]) != version.etag:
+                return None
+            return self.storage.put(key, data)
 
     def upload(self, key: str, pieces: Iterable[memoryview], size: int) -> None:
         data = b"".join(pieces)
@@ -78,7 +83,7 @@ class MemoryObjects:
         self.calling("list", prefix)
         return [
             Listed(key, len(data), float(number), str(number))
-            for key, (data, number) in sorted(self.storage.objects.items())
+            for key, (data, number) in sorted(dict(self.storage.objects).items())
             if not prefix or key.startswith(f"{prefix}/")
         ][:limit]
 

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -14,8 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.store import Corrupt, LocalStore, Manifest, NameTaken, Store, open_store
+from holdfast.store import (
+    Corrupt,
+    LocalStore,
+    Manifest,
+    NameTaken,
+    ObjectStore,
+    Store,
+    open_store,
+)
 from tests.store.samples import OPTIMIZER, WEIGHTS, key_of, manifest_of
+from tests.store.storage import MemoryObjects, Storage
 
 CONTEXT = multiprocessing.get_context("spawn")
 KEY = key_of(manifest_of({}))
@@ -124,8 +134,22 @@ def test_saves_loads_and_sweeps_of_several_processes_do_not_disturb_each_other(
     assert sweeper.verify().ok
 
 
-def test_of_many_that_take_a_name_at_once_one_gets_it(tmp_path: Path) -> None:
-    stores = [LocalStore(tmp_path / "store") for _ in range(8)]
+@pytest.fixture(params=["local disk", "object storage"])
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Store]]:
+    """Eight processes' ways to a store, for threads that use one each."""
+    storage = Storage()
+    opened: list[Store] = [
+        LocalStore(tmp_path / "store")
+        if request.param == "local disk"
+        else ObjectStore(MemoryObjects(storage))
+        for _ in range(8)
+    ]
+    yield opened
+    for store in opened:
+        store.close()
+
+
+def test_of_many_that_take_a_name_at_once_one_gets_it(stores: list[Store]) -> None:
 
     def take(i: int) -> str | None:
         manifest = manifest_of({}, seq=i)
@@ -144,8 +168,7 @@ def test_of_many_that_take_a_name_at_once_one_gets_it(tmp_path: Path) -> None:
         stores[0].delete_name(KEY)
 
 
-def test_changes_of_one_checkpoint_at_once_are_all_kept(tmp_path: Path) -> None:
-    stores = [LocalStore(tmp_path / "store") for _ in range(4)]
+def test_changes_of_one_checkpoint_at_once_are_all_kept(stores: list[Store]) -> None:
     save(stores[0], 1)
     changes: list[dict[str, object]] = [
         {"public": True},
