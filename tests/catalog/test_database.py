@@ -165,6 +165,23 @@ def test_a_failed_sync_ends_the_process_before_anybody_is_told(
 
 
 @pytest.mark.anyio
+async def test_a_defect_before_a_commit_is_told_and_the_writer_lives_on(tmp_path: Path) -> None:
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    defects = [ValueError("a defect"), ValueError("a defect")]
+
+    def fail() -> None:
+        if defects:
+            raise defects.pop()
+
+    catalog.before_commit(fail)
+    with pytest.raises(ValueError, match="a defect"):
+        await asyncio.wait_for(catalog.write(partial(execute, add_key("a"))), 10)
+    await asyncio.wait_for(catalog.write(partial(execute, add_key("b"))), 10)
+    assert await catalog.read(count) == 1
+    catalog.close()
+
+
+@pytest.mark.anyio
 async def test_the_write_ahead_log_does_not_grow_with_the_number_of_writes(tmp_path: Path) -> None:
     catalog = Catalog.open_file(tmp_path / "catalog.db")
     log = tmp_path / "catalog.db-wal"

@@ -144,6 +144,10 @@ class Catalog:
                 item.error = unavailable
         except SyncFailed as error:
             _end_process(f"the journal was not synced: {error}")
+        except Exception as error:  # a defect: nobody waits for ever because of it
+            _log.exception("the catalog's writer failed")
+            for item in batch:
+                item.error = error
         _tell(batch)
         self._since_checkpoint += len(batch)
         if self._since_checkpoint >= _WRITES_BETWEEN_CHECKPOINTS:

@@ -31,6 +31,8 @@ _BODIES_IN_MEMORY = 64 << 20
 _OUTCOMES_IN_MEMORY = 16 << 20
 """Bytes of results a run keeps at hand for the first poll; the catalog has them all."""
 
+_HASHED_AT_ONCE = 1 << 20
+"""Bytes of a body from which on it is hashed in a thread, so that other requests are answered."""
 _REQUEST_NOTED_EVERY = 1.0
 """Seconds for which the time of a run's last request is not written down again."""
 
@@ -138,7 +140,10 @@ class Run:
         self, seq: int, kind: str, body: bytes, first: Callable[[Connection], object] | None
     ) -> str:
         async with self._submitting:
-            body_hash = journal.digest(body)
+            if len(body) < _HASHED_AT_ONCE:
+                body_hash = journal.digest(body)
+            else:
+                body_hash = await asyncio.to_thread(journal.digest, body)
             self._asked = time.monotonic()
             if self.ended is not None and seq not in self.order:
                 raise RunError(self.ended.code, self.ended.message)
