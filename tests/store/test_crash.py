@@ -203,6 +203,8 @@ def breaks_a_promise(without: str) -> bool:
                     crash(run(steps, crash, n, without), n)
         # Last those that most likely would have shown it above.
         late = [kill_and_reopen, kill_and_use, kill_and_collect, kill_and_repeat, lose_power]
+        if "_sweep" in without:
+            late.insert(0, kill_and_collect)
         for crash, steps in itertools.product(late, SCENARIOS.values()):
             crash_everywhere(steps, crash, without)
     except (AssertionError, StoreError):
