@@ -283,6 +283,7 @@ class ObjectStore(Store):
             if record is None:
                 return False
             there = self._current(record) is not None
+        # Without a condition: one that is set meanwhile is deleted as well, as by a later call.
         self._objects.delete([entry.key])
         return there
 
