@@ -130,12 +130,14 @@ def measure_throughput(pairs: int, threads: int) -> None:
             for loop in loops:
                 loop.close()
     disk, memory_ = (loop.times[WARM_UP:] for loop in loops)
-    ratio = statistics.median(m / d for m, d in zip(memory_, disk, strict=True))
+    ratios = [m / d for m, d in zip(memory_, disk, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
     print(f"{MODEL} model, {threads} threads, {pairs} pairs of steps, medians")
     print(f"  journal on the disk  {1e3 * statistics.median(disk):8.1f} ms")
     print(f"  journal in memory    {1e3 * statistics.median(memory_):8.1f} ms")
     good = _verdict(ratio >= THROUGHPUT_GOAL)
-    print(f"  throughput           {ratio:8.3f}      goal {THROUGHPUT_GOAL} {good}")
+    between = f"(quartiles {low:.3f} to {high:.3f})"
+    print(f"  throughput           {ratio:8.3f}     {between}  goal {THROUGHPUT_GOAL} {good}")
 
 
 class _Loop:
@@ -187,5 +189,7 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.requests < 1 or arguments.pairs < 2:
+        parser.error("--requests must be at least 1, and --pairs at least 2")
     measure_latency(arguments.requests)
     measure_throughput(arguments.pairs, arguments.threads)
