@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from holdfast.cli.main import main
 from holdfast.cli.serve import command as serve_command
 from holdfast.server.data_dir import CannotUse, existing_store, location, remember
 from holdfast.server.settings import Settings
@@ -50,15 +51,18 @@ def test_resumes_exactly_from_an_object_storage_after_a_kill(
     assert not (stored.data_dir / "store").exists()
     assert url in stored.log
 
-    checked = holdfast("checkpoint", "verify", "--all", f"--store={url}", "--json")
-    assert checked.returncode == 0, checked.stderr
+    checked = CliRunner().invoke(
+        main, ["checkpoint", "verify", "--all", f"--store={url}", "--json"]
+    )
+    assert checked.exit_code == 0, checked.stderr
     assert json.loads(checked.stdout)["checked"]["blobs"] > 0
     # The data directory knows where its checkpoints are.
-    found = holdfast("doctor", f"--data-dir={stored.data_dir}")
-    assert found.returncode == 0, found.stdout + found.stderr
+    found = CliRunner().invoke(main, ["doctor", f"--data-dir={stored.data_dir}"])
+    assert found.exit_code == 0, found.output
     # Without it, the store alone is enough to know them again.
-    lost = holdfast("doctor", f"--data-dir={tmp_path / 'new'}", f"--store={url}", "--repair")
-    assert lost.returncode == 0, lost.stdout + lost.stderr
+    new = ["doctor", f"--data-dir={tmp_path / 'new'}", f"--store={url}", "--repair"]
+    lost = CliRunner().invoke(main, new)
+    assert lost.exit_code == 0, lost.output
     assert "checkpoints listed" in lost.stderr, lost.stderr
 
 
