@@ -6,165 +6,44 @@ creation's numbers come again, and the model's id is wanted at once.
 
 from __future__ import annotations
 
-import itertools
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import httpx2
 import pytest
 
 from holdfast import AdamParams, ServiceClient, TrainingClient, types
 from holdfast.runs.order import GAP_LEASE_ELIXIR
 from tests.client.scenario import MODEL, batch, seen
+from tests.support import tinkex
 from tests.support.server import ServerProcess
 
 pytestmark = pytest.mark.timeout(120)
 
-ADAM = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1.0e-12,
-    "grad_clip_norm": 0.0,
-    "learning_rate": 0.002,
-    "weight_decay": 0.0,
-}
-
-
-class Elixir:
-    """Sends what tinkex sends, and reads answers by the rules that it matches them with."""
-
-    def __init__(self, url: str) -> None:
-        self.http = httpx2.Client(
-            base_url=f"{url}/api/v1/",
-            headers={
-                "user-agent": "AsyncTinkex/Elixir 0.15.0",
-                "x-api-key": "tml-elixir",
-                "accept": "application/json",
-                "accept-encoding": "gzip",
-                "content-type": "application/json",
-            },
-            timeout=60,
-        )
-        self.session_id = self.post(
-            "create_session",
-            {
-                "project_id": None,
-                "sdk_version": "0.15.0",
-                "tags": ["tinkex-elixir"],
-                "type": "create_session",
-                "user_metadata": None,
-            },
-        )["session_id"]
-        self.model_seq_id = 0
-        self.creation = ""
-        """The request that made the last model."""
-
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"x-idempotency-key": uuid.uuid4().hex}
-        answer = self.http.post(path, json=body, headers=headers)
-        found = answer.json()
-        assert isinstance(found, dict)
-        if answer.status_code >= 300:
-            # Only these are read; `detail` is not.
-            assert isinstance(found.get("message") or found.get("error"), str)
-            raise Refused(answer.status_code, str(found["category"]), str(found["message"]))
-        return found
-
-    def await_future(self, submitted: dict[str, Any], kind: str) -> dict[str, Any]:
-        """Poll as tinkex does; an answer that it could not match fails here too."""
-        for iteration in itertools.count():
-            answer = self.http.post(
-                "retrieve_future",
-                json={"allow_metadata_only": True, "request_id": submitted["request_id"]},
-                headers={
-                    "x-idempotency-key": uuid.uuid4().hex,
-                    "x-stainless-raw-response": "raw",
-                    "x-tinker-request-iteration": str(iteration),
-                    "x-tinker-request-type": kind,
-                },
-            )
-            assert answer.status_code == 200, answer.text
-            body: dict[str, Any] = answer.json()
-            if body.get("type") == "try_again":
-                assert isinstance(body["request_id"], str)
-                assert isinstance(body["queue_state"], str)
-                continue
-            if body.get("status") == "failed":
-                assert isinstance(body["error"], dict)
-                assert body["error"]["category"] == "user", "it would poll for ever"
-                raise Refused(200, body["error"]["category"], body["error"]["message"])
-            assert "type" in body or "loss_fn_output_type" in body, body
-            return body
-        raise AssertionError
-
-    def create_model(self, **changes: Any) -> str:
-        """Its number goes on only after a success."""
-        answer = self.post(
-            "create_model",
-            {
-                "base_model": MODEL,
-                "lora_config": {
-                    "rank": 8,
-                    "seed": 7,
-                    "train_attn": True,
-                    "train_mlp": True,
-                    "train_unembed": True,
-                    **changes,
-                },
-                "model_seq_id": self.model_seq_id,
-                "session_id": self.session_id,
-                "type": "create_model",
-                "user_metadata": None,
-            },
-        )
-        self.creation = answer["request_id"]
-        model_id = answer["model_id"]  # wanted at once: the future is never polled
-        assert isinstance(model_id, str)
-        return model_id
-
-
-class Refused(Exception):
-    def __init__(self, status: int, category: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.category = category
-
 
 class Run:
-    """A training client: numbers from 1, one for each operation."""
+    """A training client of the Elixir client, and what it shows."""
 
-    def __init__(self, elixir: Elixir, model_id: str) -> None:
-        self.elixir = elixir
-        self.model_id = model_id
-        self.numbers = itertools.count(1)
-
-    def send(self, path: str, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        submitted = self.elixir.post(
-            path, {**body, "model_id": self.model_id, "seq_id": next(self.numbers)}
-        )
-        return self.elixir.await_future(submitted, kind)
+    def __init__(self, client: tinkex.TrainingClient) -> None:
+        self.client = client
 
     def train(self, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         shown = []
         for seed in seeds:
-            body = {"forward_backward_input": {"data": data(seed), "loss_fn": "cross_entropy"}}
-            shown.append(result(self.send("forward_backward", "ForwardBackward", body)))
-            self.send("optim_step", "OptimStep", {"adam_params": ADAM})
-        body = {"forward_input": {"data": data(1000), "loss_fn": "cross_entropy"}}
-        shown.append(result(self.send("forward", "Forward", body)))
+            gradients = self.client.forward_backward(data(seed), "cross_entropy").result(60)
+            shown.append(result(gradients))
+            self.client.optim_step(learning_rate=0.002).result(60)
+        shown.append(result(self.client.forward(data(1000), "cross_entropy").result(60)))
         return shown
 
     def save(self, name: str) -> str:
-        body = {"path": name, "ttl_seconds": None, "type": "save_weights"}
-        path = self.send("save_weights", "SaveWeights", body)["path"]
+        path = self.client.save_state(name).result(60)["path"]
         assert isinstance(path, str)
         return path
 
-    def load(self, path: str, *, optimizer: bool) -> None:
-        body = {"optimizer": optimizer, "path": path, "type": "load_weights"}
-        assert self.send("load_weights", "LoadWeights", body)["type"] == "load_weights"
+
+def create(elixir: tinkex.ServiceClient, *, rank: int = 8, seed: int = 7) -> Run:
+    return Run(elixir.create_lora_training_client(MODEL, rank=rank, seed=seed, call_timeout=None))
 
 
 def data(seed: int) -> list[dict[str, Any]]:
@@ -207,23 +86,37 @@ def train(client: TrainingClient, seeds: tuple[int, ...]) -> list[dict[str, Any]
 
 
 @pytest.fixture
-def elixir(server: ServerProcess) -> Iterator[Elixir]:
-    made = Elixir(server.url)
-    yield made
-    made.http.close()
+def elixir(server: ServerProcess) -> Iterator[tinkex.ServiceClient]:
+    with tinkex.ServiceClient(server.url) as made:
+        yield made
 
 
 def test_json_training_equals_protobuf_training_to_the_last_bit(
-    elixir: Elixir, service: ServiceClient
+    elixir: tinkex.ServiceClient, service: ServiceClient
 ) -> None:
     ours = service.create_lora_training_client(MODEL, rank=8, seed=7).result(60)
-    assert Run(elixir, elixir.create_model()).train((1, 2)) == train(ours, (1, 2))
+    assert create(elixir).train((1, 2)) == train(ours, (1, 2))
+
+
+def test_a_batch_in_several_requests_is_one_step(elixir: tinkex.ServiceClient) -> None:
+    """Also when its first datum is too large for one: then the first request is empty."""
+    whole, parts = create(elixir), create(elixir)
+    parts.client.largest_body = 1
+    assert [len(part) for part in tinkex.chunks(data(1), 1)] == [0, *[1 for _ in data(1)]]
+    losses = []
+    for run in (whole, parts):
+        gradients = run.client.forward_backward(data(1), "cross_entropy").result(60)
+        losses.append(gradients["metrics"]["loss:sum"])
+        assert len(gradients["loss_fn_outputs"]) == len(data(1))
+        metrics = run.client.optim_step().result(60)["metrics"]
+        assert metrics["step"] == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_checkpoint_made_by_the_elixir_client_goes_on_in_ours(
-    elixir: Elixir, service: ServiceClient
+    elixir: tinkex.ServiceClient, service: ServiceClient
 ) -> None:
-    run = Run(elixir, elixir.create_model())
+    run = create(elixir)
     run.train((1, 2))
     path = run.save("from-elixir")
     uninterrupted = run.train((3,))
@@ -234,7 +127,7 @@ def test_a_checkpoint_made_by_the_elixir_client_goes_on_in_ours(
 
 
 def test_a_checkpoint_made_by_ours_goes_on_in_the_elixir_client(
-    elixir: Elixir, service: ServiceClient
+    elixir: tinkex.ServiceClient, service: ServiceClient
 ) -> None:
     """Metadata, a model like it, a load as its first operation."""
     ours = service.create_lora_training_client(MODEL, rank=8, train_unembed=False).result(60)
@@ -242,50 +135,38 @@ def test_a_checkpoint_made_by_ours_goes_on_in_the_elixir_client(
     path = ours.save_state("for-elixir").result(60).path
     uninterrupted = train(ours, (3,))
     info = elixir.post("weights_info", {"tinker_path": path})
-    assert info["is_lora"] is True
-    assert (info["base_model"], info["lora_rank"]) == (MODEL, 8)
-    flags = {name: info[name] for name in ("train_attn", "train_mlp", "train_unembed")}
-    run = Run(elixir, elixir.create_model(rank=info["lora_rank"], seed=None, **flags))
-    run.load(path, optimizer=True)
-    assert run.train((3,)) == uninterrupted
+    assert (info["base_model"], info["lora_rank"], info["train_unembed"]) == (MODEL, 8, False)
+    client = elixir.create_training_client_from_state(path, optimizer=True)
+    assert Run(client).train((3,)) == uninterrupted
 
 
-def test_a_failed_creation_from_state_repeats_its_numbers(elixir: Elixir) -> None:
+def test_a_failed_creation_from_state_repeats_its_numbers(elixir: tinkex.ServiceClient) -> None:
     """The failed try leaves its model; the next creation has the same pair and is a new model."""
-    first = Run(elixir, elixir.create_model())
+    first = create(elixir).client
+    elixir.model_seq_id -= 1  # what a creation that fails at its load does not advance
     assert elixir.creation == f"{first.model_id}:0"
     assert elixir.post("get_info", {"model_id": first.model_id})["lora_rank"] == 8
-    with pytest.raises(Refused) as caught:
-        first.load("tinker://none/weights/none", optimizer=True)
+    with pytest.raises(tinkex.TinkexError, match="none") as caught:
+        first.load_state("tinker://none/weights/none", optimizer=True).result(60)
     assert caught.value.category == "user"
-    assert "none" in str(caught.value)
-    second = Run(elixir, elixir.create_model(rank=4, seed=1))
-    assert second.model_id == first.model_id
+    second = create(elixir, rank=4, seed=1)
+    assert second.client.model_id == first.model_id
     assert elixir.creation == f"{first.model_id}:g1:0"
-    assert elixir.post("get_info", {"model_id": second.model_id})["lora_rank"] == 4
+    assert elixir.post("get_info", {"model_id": second.client.model_id})["lora_rank"] == 4
     path = second.save("a")
     assert elixir.post("weights_info", {"tinker_path": path})["lora_rank"] == 4
-    second.load(path, optimizer=False)
+    second.client.load_state(path).result(60)
     second.train((1,))
 
 
 def test_a_number_that_never_comes_is_waited_for_and_passed_over(
-    elixir: Elixir, service: ServiceClient
+    elixir: tinkex.ServiceClient, service: ServiceClient
 ) -> None:
     """Making a sampling client takes a training number that is sent nowhere."""
-    run = Run(elixir, elixir.create_model())
+    run = create(elixir)
     run.train((1,))
-    path = run.send(
-        "save_weights_for_sampler",
-        "SaveWeightsForSampler",
-        {
-            "path": "s",
-            "sampling_session_seq_id": None,
-            "ttl_seconds": None,
-            "type": "save_weights_for_sampler",
-        },
-    )["path"]
-    lost = next(run.numbers)
+    path = run.client.save_weights_for_sampler("s").result(60)["path"]
+    lost = next(run.client.numbers)
     sampler = elixir.post(
         "create_sampling_session",
         {
@@ -298,11 +179,10 @@ def test_a_number_that_never_comes_is_waited_for_and_passed_over(
     )
     assert sampler["sampling_session_id"]
     started = time.monotonic()
-    body = {"forward_backward_input": {"data": data(2), "loss_fn": "cross_entropy"}}
-    gradients = result(run.send("forward_backward", "ForwardBackward", body))
+    gradients = result(run.client.forward_backward(data(2), "cross_entropy").result(60))
     waited = time.monotonic() - started
     assert GAP_LEASE_ELIXIR - 1 <= waited < GAP_LEASE_ELIXIR + 20
-    run.send("optim_step", "OptimStep", {"adam_params": ADAM})
+    run.client.optim_step(learning_rate=0.002).result(60)
     # Two steps were taken, and the second on what a run without the gap sees.
     path = run.save("after")
     assert elixir.post("weights_info", {"tinker_path": path})["step"] == 2
@@ -312,9 +192,9 @@ def test_a_number_that_never_comes_is_waited_for_and_passed_over(
     assert gradients == seen(other)
 
 
-def test_a_refusal_reads_well_without_detail(elixir: Elixir) -> None:
-    run = Run(elixir, elixir.create_model())
-    with pytest.raises(Refused, match="checkpoint name") as caught:
-        run.save("../../x")
+def test_a_refusal_reads_well_without_detail(elixir: tinkex.ServiceClient) -> None:
+    run = create(elixir)
+    with pytest.raises(tinkex.TinkexError, match="checkpoint name") as caught:
+        run.client.save_state("../../x")
     assert (caught.value.status, caught.value.category) == (400, "user")
     run.train((1,))

@@ -125,7 +125,7 @@ def main() -> int:
         while time.monotonic() < end:
             seed = options.seed + survived
             with _campaign(root / str(seed), options.steps, clients[options.client], model) as one:
-                outcome = one.disturbed(plan(seed, kinds))
+                outcome = one.disturbed(_until(end, plan(seed, kinds)))
                 if outcome.seen != expected:
                     raise Failed(f"it saw a difference after {dict(outcome.done)}")
                 if "Traceback" in one.server.log:
@@ -141,6 +141,14 @@ def main() -> int:
     shutil.rmtree(root)
     print(f"seed {options.seed}: {kills} kills, {survived} of {survived} scripts survived")
     return 0
+
+
+def _until(end: float, planned: Iterable[Disturbance]) -> Iterator[Disturbance]:
+    """What is planned, while there is time: then the script comes to its end undisturbed."""
+    for disturbance in planned:
+        if time.monotonic() > end:
+            return
+        yield disturbance
 
 
 @contextmanager

@@ -41,7 +41,7 @@ MOST_KILLS = 2
 times."""
 QUIET = 0.3
 """Seconds at most between a step of the script and the next disturbance."""
-LATEST = 10.0
+LATEST = 3.0
 """Seconds for which a server may not come to the fail point where it is to die."""
 _DAY = 24 * 3600.0
 
