@@ -327,8 +327,9 @@ def test_unload_frees_the_model_and_keeps_its_checkpoints(
 # ---- a server that dies ----
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server that tests may kill, as long as they leave one running."""
     with ServerProcess(tmp_path_factory.mktemp("mortal")) as running:
         yield running
 
