@@ -237,3 +237,24 @@ def _alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])
+async def test_calls_to_a_dying_worker_end_as_its_death_whatever_the_event_loop() -> None:
+    """Its pipe is closed, its end not yet noticed: the loop of the server refuses writes then."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "import time; time.sleep(60)",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    worker = WorkerProcess(process)
+    calls = [asyncio.create_task(worker.forward("run", 0, b""))]
+    await asyncio.sleep(0)
+    worker.kill()
+    while not worker.dead:
+        calls.append(asyncio.create_task(worker.forward("run", len(calls), b"")))
+        await asyncio.sleep(0)
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {WorkerDied}

@@ -109,7 +109,7 @@ class WorkerProcess:
             "token_budget": token_budget,
             "copy_budget": copy_budget,
         }
-        worker._stdin.write(frames.encode(settings, 0))
+        worker._write(frames.encode(settings, 0))
         return worker
 
     @property
@@ -220,8 +220,8 @@ class WorkerProcess:
         self._next_id += 1
         answer = self._expect(call)
         try:
-            self._stdin.write(frames.encode({"id": call, "call": name, "args": args}, len(payload)))
-            self._stdin.write(payload)
+            self._write(frames.encode({"id": call, "call": name, "args": args}, len(payload)))
+            self._write(payload)
             try:
                 await self._stdin.drain()
             except ConnectionError:
@@ -230,6 +230,12 @@ class WorkerProcess:
         finally:
             self._waiting.pop((call, ""), None)
         return _result(header), body
+
+    def _write(self, data: bytes) -> None:
+        # A loop may refuse, by RuntimeError, a pipe whose other end is closed. The reader is
+        # about to notice the end of the process, and answers.
+        if not self._stdin.is_closing():
+            self._stdin.write(data)
 
     async def _read(self) -> None:
         """Hand answers to those who wait, until the process ends."""
