@@ -119,6 +119,7 @@ def main() -> int:
     model = save_small_model("llama", root / "model")
     end = time.monotonic() + 60 * options.minutes
     kills = survived = 0
+    seed = options.seed
     try:
         with _campaign(root / "undisturbed", options.steps, clients[options.client], model) as one:
             expected = one.undisturbed()
@@ -136,7 +137,7 @@ def main() -> int:
             print(f"{kills} kills, {survived} scripts identical  {dict(outcome.done)}", flush=True)
     except BaseException:
         print(f"seed {options.seed}: {kills} kills, {survived} scripts identical, then one failed")
-        print(f"its data and log: {root}/{options.seed + survived}; again: --seed {seed}")
+        print(f"its data and log are kept in {root}; the same again: --seed {seed}", flush=True)
         raise
     shutil.rmtree(root)
     print(f"seed {options.seed}: {kills} kills, {survived} of {survived} scripts survived")

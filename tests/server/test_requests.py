@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -26,6 +29,31 @@ def run(server: ServerProcess) -> Iterator[RawRun]:
 def elixir(server: ServerProcess) -> Iterator[RawRun]:
     with RawRun.open(server, agent=ELIXIR) as opened:
         yield opened
+
+
+@dataclass
+class Waited:
+    """A run whose request waited for a number that never came: its answer, and the seconds."""
+
+    run: RawRun
+    answer: Future[tuple[dict[str, Any], float]]
+
+
+@pytest.fixture(scope="module")
+def gaps(server: ServerProcess) -> Iterator[list[Waited]]:
+    """Runs in which number 2 is missing, and number 1; they wait side by side."""
+    with ExitStack() as stack:
+        runs = [stack.enter_context(RawRun.open(server, agent=ELIXIR)) for _ in range(2)]
+        pool = stack.enter_context(ThreadPoolExecutor())
+        runs[0].result(runs[0].forward_backward(1))
+
+        def wait(run: RawRun, seq: int) -> tuple[dict[str, Any], float]:
+            started = time.monotonic()
+            return run.result(run.optim_step(seq)), time.monotonic() - started
+
+        yield [
+            Waited(run, pool.submit(wait, run, seq)) for run, seq in zip(runs, (3, 2), strict=True)
+        ]
 
 
 def trained(server: ServerProcess, *seeds: int) -> str:
@@ -105,29 +133,6 @@ def test_a_refused_number_is_not_waited_for(run: RawRun) -> None:
     run.refused("forward_backward", body)
     assert "forward_backward 1" in run.failure(later), "the step lacks the refused gradients"
     assert time.monotonic() - started < 3
-
-
-def test_elixirs_missing_numbers_are_skipped(elixir: RawRun) -> None:
-    elixir.result(elixir.forward_backward(1))
-    started = time.monotonic()
-    result = elixir.result(elixir.optim_step(3))
-    waited = time.monotonic() - started
-    assert result["metrics"]["step"] == 1
-    assert 8 < waited < 20, f"waited {waited:.1f} s; the lease is 10 s"
-
-
-def test_a_request_that_comes_after_its_number_was_skipped_fails_and_spoils_the_step(
-    elixir: RawRun,
-) -> None:
-    elixir.result(elixir.optim_step(2))
-    late = elixir.answer(elixir.forward_backward(1))
-    assert late["status"] == "failed"
-    assert late["error"]["category"] == "user"
-    assert "stopped waiting" in late["error"]["message"]
-    spoiled = elixir.answer(elixir.optim_step(3))
-    assert "request 1 " in spoiled["error"]["message"]
-    elixir.result(elixir.forward_backward(4))
-    assert elixir.result(elixir.optim_step(5))["metrics"]["step"] == 1
 
 
 # --- Long polls ----------------------------------------------------------------------------------
@@ -599,3 +604,27 @@ def test_the_server_stays_responsive_while_large_bodies_arrive(
             slowest = max(slowest, time.monotonic() - started)
     sending.join()
     assert slowest < 2.0
+
+
+# --- Gaps that are given up ----------------------------------------------------------------------
+
+
+def test_elixirs_missing_numbers_are_skipped(gaps: list[Waited]) -> None:
+    result, waited = gaps[0].answer.result(60)
+    assert result["metrics"]["step"] == 1
+    assert 8 < waited < 20, f"waited {waited:.1f} s; the lease is 10 s"
+
+
+def test_a_request_that_comes_after_its_number_was_skipped_fails_and_spoils_the_step(
+    gaps: list[Waited],
+) -> None:
+    elixir = gaps[1].run
+    gaps[1].answer.result(60)
+    late = elixir.answer(elixir.forward_backward(1))
+    assert late["status"] == "failed"
+    assert late["error"]["category"] == "user"
+    assert "stopped waiting" in late["error"]["message"]
+    spoiled = elixir.answer(elixir.optim_step(3))
+    assert "request 1 " in spoiled["error"]["message"]
+    elixir.result(elixir.forward_backward(4))
+    assert elixir.result(elixir.optim_step(5))["metrics"]["step"] == 1
