@@ -150,5 +150,5 @@ def test_a_copy_that_goes_while_it_is_read_gives_way_to_another(swept: StoredSwe
     pieces = swept.store.stream_blob(blob, what="weights")
     next(pieces)
     swept.storage.objects.clear()
-    with pytest.raises(MissingBlob, match="weights is missing: it was removed meanwhile"):
+    with pytest.raises(MissingBlob, match=r"weights is missing: .* was removed meanwhile"):
         list(pieces)

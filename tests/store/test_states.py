@@ -1,10 +1,12 @@
 """The public calls in any order, against a model, with crashes, expiry and sweeps between them.
 
 Two processes work on the same store, one of them also in the middle of the other's writes.
+`HOLDFAST_EXAMPLES` sets the number of examples on the quick kinds of store.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -49,6 +51,7 @@ from tests.store.samples import CONFIG, WEIGHTS, manifest_of
 from tests.store.storage import MemoryObjects, Storage
 from tests.support.s3 import S3Server
 
+EXAMPLES = int(os.environ.get("HOLDFAST_EXAMPLES", "100"))
 CONTENTS = st.sampled_from([b"", b"a", b"b" * 10, b"c" * 1000])
 NAMES = st.sampled_from(["one", "two", "Two"])
 RUNS = st.sampled_from(["run", "run:1"])
@@ -455,13 +458,11 @@ COMMON = settings(
     deadline=None, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
 )
 TestOnACrashingDisk = CrashingStates.TestCase
-TestOnACrashingDisk.settings = settings(
-    COMMON, max_examples=int(__import__("os").environ.get("N", "100"))
-)
+TestOnACrashingDisk.settings = settings(COMMON, max_examples=EXAMPLES)
 TestOnALocalDisk = LocalStates.TestCase
 TestOnALocalDisk.settings = settings(COMMON, max_examples=5)
 TestInAnObjectStorage = ObjectStates.TestCase
-TestInAnObjectStorage.settings = settings(COMMON, max_examples=100)
+TestInAnObjectStorage.settings = settings(COMMON, max_examples=EXAMPLES)
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,7 @@ class Audit:
         """Whether it is there, until all of it has been read."""
         with suppress(FileNotFoundError), self._open(path) as file:
             if file is not None:
-                check_size(file, blob, what, path)
+                check_size(file.size, blob, what, path)
                 verify_file(file, blob, what, path)
                 return True
         return False

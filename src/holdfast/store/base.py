@@ -6,12 +6,13 @@ import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from holdfast.store.copies import Copy, read_into, stream
 from holdfast.store.errors import (
     CorruptBlob,
     InvalidValue,
@@ -21,10 +22,8 @@ from holdfast.store.errors import (
     NameTaken,
     StoreError,
 )
-from holdfast.store.files import ReadFile
 from holdfast.store.model import Blob, Manifest, NameKey
 from holdfast.store.records import NameRecord
-from holdfast.store.transfer import read_verified, stream_verified
 
 OnDamage = Callable[[StoreError], None]
 """Told of a damaged entry, which is then left out; without it the error is raised."""
@@ -109,9 +108,8 @@ class Store(ABC):
         `what` names it in errors, e.g. "adapter_model.safetensors of run/weights/final". Raises
         MissingBlob, or CorruptBlob when size or hash differ.
         """
-        with self._open_blob(blob, what) as (file, path):
-            buffer = bytearray(blob.size)
-            read_verified(file, blob, memoryview(buffer), what, path)
+        buffer = bytearray(blob.size)
+        read_into(self._copies(blob, what), blob, memoryview(buffer), what)
         return bytes(buffer)
 
     def read_blob_into(self, blob: Blob, buffer: memoryview, *, what: str) -> None:
@@ -122,8 +120,7 @@ class Store(ABC):
         view = buffer.cast("B")
         if len(view) != blob.size:
             raise InvalidValue(f"{what} has {blob.size} bytes, the buffer {len(view)}")
-        with self._open_blob(blob, what) as (file, path):
-            read_verified(file, blob, view, what, path)
+        read_into(self._copies(blob, what), blob, view, what)
 
     def stream_blob(
         self, blob: Blob, start: int = 0, stop: int | None = None, *, what: str
@@ -131,13 +128,12 @@ class Store(ABC):
         """A blob's bytes from `start` to `stop`, in pieces, whatever its size.
 
         The whole blob is verified before the last piece is given, so that a damaged one is never
-        given in full. Raises as `read_blob` does.
+        given in full; a range, before its first piece. Raises as `read_blob` does.
         """
         stop = blob.size if stop is None else stop
         if not 0 <= start <= stop <= blob.size:
             raise InvalidValue(f"{what} has {blob.size} bytes, asked for {start} to {stop}")
-        with self._open_blob(blob, what) as (file, path):
-            yield from stream_verified(file, blob, start, stop, what, path)
+        yield from stream(self._copies(blob, what), blob, start, stop, what)
 
     @abstractmethod
     def has_blob(self, blob: Blob) -> bool:
@@ -271,8 +267,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def _open_blob(self, blob: Blob, what: str) -> AbstractContextManager[tuple[ReadFile, str]]:
-        """A blob's bytes, of the right size, and where they are kept."""
+    def _copies(self, blob: Blob, what: str) -> Sequence[Copy]:
+        """The copies of a blob, at least one, the best one first. MissingBlob if there is none."""
 
     def _for_name(self, key: NameKey, manifest_id: str) -> Manifest:
         """The manifest that a name is to point to. Raises InvalidValue if made for another one."""

@@ -17,6 +17,7 @@ from holdfast.store.base import (
     check_there,
     damage_to,
 )
+from holdfast.store.copies import Copy
 from holdfast.store.disk import Disk
 from holdfast.store.errors import (
     CorruptName,
@@ -69,6 +70,9 @@ class LocalStore(Store):
             self._disk.sync_dir("blobs")
         return blob
 
+    def _copies(self, blob: Blob, what: str) -> list[Copy]:
+        return [lambda: self._open_blob(blob, what)]
+
     @contextmanager
     def _open_blob(self, blob: Blob, what: str) -> Iterator[tuple[ReadFile, str]]:
         """A blob's file, of the right size, and its path."""
@@ -76,7 +80,7 @@ class LocalStore(Store):
         with storage_errors(f"reading {what} from {path}"), self._disk.open(path) as file:
             if file is None:
                 raise MissingBlob(f"{what} is missing: there is no {path}")
-            check_size(file, blob, what, path)
+            check_size(file.size, blob, what, path)
             yield file, path
 
     def has_blob(self, blob: Blob) -> bool:

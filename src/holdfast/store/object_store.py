@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from uuid import uuid4
 
 from holdfast.store.audit import Audit
@@ -31,6 +32,7 @@ from holdfast.store.bucket import (
     new_manifest_key,
 )
 from holdfast.store.cells import ManifestCell, NameCell, encode
+from holdfast.store.copies import Copy
 from holdfast.store.errors import (
     CorruptName,
     MissingBlob,
@@ -73,6 +75,8 @@ class ObjectStore(Store):
         self._sweeper = ObjectSweeper(self._bucket, wall, monotonic)
         self._pins: dict[str, Version] = {}
         self._changing_pins = threading.Lock()
+        self._used: dict[str, str] = {}
+        """Hash of a blob -> the copy that the manifest read last uses, which sweeps keep."""
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
 
@@ -89,22 +93,32 @@ class ObjectStore(Store):
             self._objects.upload(f"blobs/{blob.hash}/{uuid4().hex}", pieces, blob.size)
         return blob
 
-    @contextmanager
-    def _open_blob(self, blob: Blob, what: str) -> Iterator[tuple[ReadFile, str]]:
-        copies = self._copies(blob)
-        if not copies:
+    def _copies(self, blob: Blob, what: str) -> list[Copy]:
+        listed = self._listed(blob)
+        if not listed:
             path = self._bucket.path("blobs", blob.hash)
             raise MissingBlob(f"{what} is missing: there is no {path}")
-        path = self._bucket.path(copies[0].key)
-        doing = f"reading {what} from {path}"
-        with storage_errors(doing), _AnyCopy(self._objects, copies, what) as file:
-            check_size(file, blob, what, path)
-            yield file, path
+        used = self._used.get(blob.hash)
+        listed.sort(key=lambda found: found.key != used)
+        return [partial(self._open_copy, found, blob, what) for found in listed]
+
+    @contextmanager
+    def _open_copy(self, found: Listed, blob: Blob, what: str) -> Iterator[tuple[ReadFile, str]]:
+        path = self._bucket.path(found.key)
+        check_size(found.size, blob, what, path)
+        removed = f"{what} is missing: {path} was removed meanwhile"
+        with storage_errors(f"reading {what} from {path}"), self._objects.open(found.key) as file:
+            if file is None:
+                raise MissingBlob(removed)
+            try:
+                yield file, path
+            except FileNotFoundError:
+                raise MissingBlob(removed) from None
 
     def has_blob(self, blob: Blob) -> bool:
-        return any(copy.size == blob.size for copy in self._copies(blob))
+        return any(found.size == blob.size for found in self._listed(blob))
 
-    def _copies(self, blob: Blob) -> list[Listed]:
+    def _listed(self, blob: Blob) -> list[Listed]:
         """All copies of a blob, those of the right size and the newest ones first."""
         found = self._objects.list(f"blobs/{check_id(blob.hash, 'blob hash')}")
         return sorted(found, key=lambda f: (f.size == blob.size, f.modified, f.key), reverse=True)
@@ -138,7 +152,7 @@ class ObjectStore(Store):
         """The newest copy of each of a manifest's blobs."""
         chosen = {}
         for name, blob in manifest.files.items():
-            copies = (copy for copy in self._copies(blob) if copy.key not in dead)
+            copies = (copy for copy in self._listed(blob) if copy.key not in dead)
             found = next(copies, None)
             if found is None:
                 check_there(None, blob, name, self._bucket.path("blobs", blob.hash))
@@ -153,10 +167,14 @@ class ObjectStore(Store):
             if isinstance(entry.value, StoreError):
                 damage = entry.value
             elif entry.value.state not in ("staged", "dead"):
-                return entry.value.manifest
+                return self._read(entry.value)
         raise damage or MissingManifest(
             f"there is no manifest {manifest_id} in {self._objects.url}"
         )
+
+    def _read(self, cell: ManifestCell) -> Manifest:
+        self._used |= {hash: f"blobs/{hash}/{copy}" for hash, copy in cell.copies.items()}
+        return cell.manifest
 
     def unnamed(
         self, run: str | None = None, *, on_damage: OnDamage | None = None
@@ -202,7 +220,7 @@ class ObjectStore(Store):
             if entry is None:
                 raise MissingManifest(f"there is no manifest {manifest_id} in {self._objects.url}")
             self._hold(key, version)
-            yield entry.whole().manifest
+            yield self._read(entry.whole())
         finally:
             with self._changing_pins:
                 self._pins.pop(key, None)
@@ -354,50 +372,3 @@ class ObjectStore(Store):
             path = self._bucket.path("blobs", blob.hash, cell.copies[blob.hash])
             with audit.noting():
                 audit.check_blob(path, blob, f"{name} of {cell.manifest.label}", still)
-
-
-class _AnyCopy:
-    """One of several copies of a blob; one that is swept meanwhile gives way to the next."""
-
-    def __init__(self, objects: Objects, copies: Sequence[Listed], what: str) -> None:
-        self._objects = objects
-        self._left = [copy.key for copy in copies if copy.size == copies[0].size]
-        self._what = what
-        self._opened = ExitStack()
-        self._file: ReadFile | None = None
-        self._position = 0
-        self.size = copies[0].size
-
-    def readinto(self, buffer: memoryview) -> int:
-        while True:
-            file = self._file or self._open_next()
-            try:
-                count = file.readinto(buffer)
-            except FileNotFoundError:
-                self._file = None
-                continue
-            self._position += count
-            return count
-
-    def _open_next(self) -> ReadFile:
-        while self._file is None:
-            if not self._left:
-                raise MissingBlob(f"{self._what} is missing: it was removed meanwhile")
-            self._opened.close()
-            self._file = self._opened.enter_context(self._objects.open(self._left.pop(0)))
-        self._file.seek(self._position)
-        return self._file
-
-    def seek(self, position: int) -> None:
-        self._position = position
-        if self._file is not None:
-            self._file.seek(position)
-
-    def close(self) -> None:
-        self._opened.close()
-
-    def __enter__(self) -> _AnyCopy:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Queue
@@ -74,27 +75,34 @@ def read_verified(file: ReadFile, blob: Blob, buffer: memoryview, what: str, pat
 
 def verify_file(file: ReadFile, blob: Blob, what: str, path: str) -> None:
     """Like `read_verified`, keeping nothing."""
+    verify_pieces(file, blob, 0, 0, what, path)
+
+
+def verify_pieces(
+    file: ReadFile, blob: Blob, start: int, stop: int, what: str, path: str
+) -> deque[bytes]:
+    """Like `verify_file`; the blake3 digests of what `read_pieces` gives from `start` to `stop`."""
+    digests: deque[bytes] = deque()
     # One more than can be waiting, being hashed and being read at a time.
     buffers = [memoryview(bytearray(min(CHUNK, blob.size))) for _ in range(_AHEAD + 3)]
-    pieces = (
-        buffers[start // CHUNK % len(buffers)][: blob.size - start]
-        for start in range(0, blob.size, CHUNK)
-    )
-    _read(file, blob, pieces, what, path)
+
+    def pieces() -> Iterator[memoryview]:
+        spans = (*_spans(0, start), *_spans(start, stop), *_spans(stop, blob.size))
+        for number, (first, last) in enumerate(spans):
+            piece = buffers[number % len(buffers)][: last - first]
+            yield piece  # to be filled
+            if start <= first < stop:
+                digests.append(blake3(piece).digest())
+
+    _read(file, blob, pieces(), what, path)
+    return digests
 
 
-def stream_verified(
-    file: ReadFile, blob: Blob, start: int, stop: int, what: str, path: str
-) -> Iterator[bytes]:
-    """The bytes from `start` to `stop`; the last ones only when the whole blob is right."""
-    if (start, stop) != (0, blob.size):
-        verify_file(file, blob, what, path)
-        file.seek(start)
-        yield from _read_pieces(file, start, stop, what, path)
-        return
+def stream_verified(file: ReadFile, blob: Blob, what: str, path: str) -> Iterator[bytes]:
+    """All bytes; the last ones only when they are right."""
     hasher = blake3(max_threads=blake3.AUTO)
     last = b""
-    for piece in _read_pieces(file, 0, blob.size, what, path):
+    for piece in read_pieces(file, 0, blob.size, what, path):
         if last:
             yield last
         hasher.update(piece)
@@ -103,19 +111,25 @@ def stream_verified(
     yield last
 
 
-def _read_pieces(file: ReadFile, start: int, stop: int, what: str, path: str) -> Iterator[bytes]:
-    for position in range(start, stop, CHUNK):
-        buffer = bytearray(min(CHUNK, stop - position))
+def read_pieces(file: ReadFile, start: int, stop: int, what: str, path: str) -> Iterator[bytes]:
+    """The bytes from `start`, where the file is, to `stop`. Nothing is verified."""
+    for first, last in _spans(start, stop):
+        buffer = bytearray(last - first)
         if file.readinto(memoryview(buffer)) != len(buffer):
             raise CorruptBlob(f"{what}: {path} ended early while it was read", path)
         yield bytes(buffer)
 
 
-def check_size(file: ReadFile, blob: Blob, what: str, path: str) -> None:
+def _spans(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of the pieces from `start` to `stop`."""
+    return ((first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK))
+
+
+def check_size(size: int, blob: Blob, what: str, path: str) -> None:
     """CorruptBlob unless a file has the blob's size; comes before anything else is read of it."""
-    if file.size != blob.size:
+    if size != blob.size:
         raise CorruptBlob(
-            f"{what} is damaged: {path} has {file.size} bytes, {blob.size} were saved", path
+            f"{what} is damaged: {path} has {size} bytes, {blob.size} were saved", path
         )
 
 
