@@ -15,7 +15,7 @@ from holdfast.runs.checkpoints import Checkpoint, Checkpoints
 from holdfast.server.data_dir import exclusive
 from holdfast.store import Store
 from tests.cli.samples import adapter_files, add_checkpoint, fails, holdfast
-from tests.store.samples import WEIGHTS
+from tests.store.samples import OPTIMIZER, WEIGHTS
 
 
 def examined(*args: str, status: int) -> dict[str, Any]:
@@ -87,6 +87,35 @@ def test_the_state_of_a_lost_run_can_be_resumed(data_dir: Path, store: Store) ->
     (row,) = listed(data_dir, store)
     assert (row.name, row.step) == ("auto.9", 3)
     assert holdfast("checkpoint", "verify", path).exit_code == 0
+
+
+def test_the_newest_intact_state_of_a_lost_run_is_the_one_that_is_kept(
+    data_dir: Path, store: Store
+) -> None:
+    intact = add_checkpoint(store, {**adapter_files(), OPTIMIZER: b"older"}, name=None, seq=10)
+    newest = add_checkpoint(store, {**adapter_files(), OPTIMIZER: b"newer"}, name=None, seq=20)
+    blob = data_dir / "store" / "blobs" / newest.files[OPTIMIZER].hash
+    blob.write_bytes(b"newe?")
+    assert codes(examined(status=1)) == ["corrupt_blob", "run_lost"]
+    named = examined("--repair", status=1)["repaired"]["named"]
+    assert named == [f"tinker://{intact.run}/weights/auto.10"]
+    assert holdfast("checkpoint", "verify", *named).exit_code == 0
+
+
+def test_a_lost_run_without_an_intact_state_keeps_what_it_has(data_dir: Path, store: Store) -> None:
+    damaged = add_checkpoint(store, name=None, seq=10)
+    blob = data_dir / "store" / "blobs" / damaged.files[OPTIMIZER].hash
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    assert codes(examined(status=1)) == ["corrupt_blob"]
+    examined("--repair", status=1)
+    assert [id for id, _ in store.unnamed()] == [damaged.id]
+
+
+def test_what_a_lost_run_sampled_from_is_let_go(data_dir: Path, store: Store) -> None:
+    add_checkpoint(store, name=None, seq=9)
+    add_checkpoint(store, adapter_files(), name=None, kind="sampler", optimizer=None, seq=8)
+    examined("--repair", status=0)
+    assert list(store.unnamed()) == []
 
 
 def test_a_state_of_a_lost_run_outlives_a_start_of_the_server(data_dir: Path, store: Store) -> None:

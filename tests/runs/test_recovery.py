@@ -17,7 +17,7 @@ from holdfast.runs.errors import RunError
 from holdfast.runs.order import Entry, State
 from holdfast.runs.publishing import MOST_SNAPSHOT_DEATHS, Publisher
 from holdfast.runs.run import Run
-from holdfast.store import NameKey
+from holdfast.store import DiskFull, Manifest, NameKey
 
 from .model import Op
 from .test_service import OWNER, Clients, steps
@@ -273,6 +273,63 @@ def test_a_load_that_cannot_be_repeated_says_what_it_loaded(clients: Clients) ->
     assert f"loaded 'tinker://{run.id}/weights/a'" in outcome.failure.message
     assert f"checkpoint, 'tinker://{run.id}/weights/b'" in outcome.failure.message
     clients._check_logs()
+
+
+# --- A storage that takes nothing for a while -------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [20.0, 200.0])
+@pytest.mark.parametrize("step", ["publish", "set_name"])
+def test_a_save_waits_a_minute_for_a_full_storage(
+    step: str, seconds: float, clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, (run,) = clients._world, clients.all
+    train(clients, 1)
+    clients.all_end()
+    room_at = world.clock.now + seconds
+    take = getattr(world.store, step)
+
+    def full(*args: object, **options: object) -> object:
+        if world.clock.now < room_at:
+            raise DiskFull("no space left")
+        return take(*args, **options)
+
+    monkeypatch.setattr(world.store, step, full)
+    save(clients, "a")
+    outcome, _ = clients._poll(run.ops[run.highest], 500.0)
+    assert outcome is not None
+    if seconds < 60:
+        assert outcome.failure is None
+        assert clients._world.store.resolve(NameKey(run.id, "weights", "a")) is not None
+    else:
+        assert outcome.failure is not None
+        assert (outcome.failure.code, outcome.failure.category) == ("disk_full", "server")
+        assert clients._world.store.resolve(NameKey(run.id, "weights", "a")) is None
+
+
+def test_a_save_is_done_though_it_gives_no_recovery_point(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, (run,) = clients._world, clients.all
+    train(clients, 1)
+    clients.all_end()
+    take = world.store.publish
+
+    def full(manifest: Manifest) -> str:
+        if manifest.name is None:
+            raise DiskFull("no space left")
+        return take(manifest)
+
+    monkeypatch.setattr(world.store, "publish", full)
+    save(clients, "a")
+    outcome, _ = clients._poll(run.ops[run.highest], 500.0)
+    assert outcome is not None and outcome.failure is None
+    monkeypatch.undo()
+    train(clients, 2)
+    clients.all_end()
+    clients.kill()
+    train(clients, 3)
+    check_all(clients)
 
 
 # --- Workers that die at snapshots ----------------------------------------------------------

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
 import structlog
@@ -17,8 +19,18 @@ from holdfast.catalog import Catalog
 from holdfast.catalog.tables import checkpoint_files as files
 from holdfast.catalog.tables import checkpoints, operations, runs, samplers, snapshots
 from holdfast.runs import stored
-from holdfast.runs.errors import RunError, not_found
-from holdfast.store import Manifest, NameKey, NameTaken, Store, StoreError, SweepReport
+from holdfast.runs.errors import Category, Reason, RunError, not_found
+from holdfast.store import (
+    Corrupt,
+    Manifest,
+    Missing,
+    NameKey,
+    NameTaken,
+    Store,
+    StoreError,
+    SweepReport,
+    Unavailable,
+)
 
 T = TypeVar("T")
 
@@ -80,6 +92,7 @@ class Checkpoints:
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store
         self._catalog = catalog
+        self._locks: WeakValueDictionary[NameKey, asyncio.Lock] = WeakValueDictionary()
 
     async def resolve(self, key: NameKey, readers: Sequence[str]) -> tuple[str, Manifest]:
         """The manifest that a name points to, with its id.
@@ -109,25 +122,25 @@ class Checkpoints:
         """
         manifest_id = await self._call(self.store.publish, manifest)
         failpoints.reach("publish.manifest")
-        if manifest.name is None:
-            return manifest_id
         key = manifest.key
-        assert key is not None
-        try:
-            await self._call(self._name, key, manifest_id, replace)
-        except NameTaken as taken:
-            earlier = await self._call(self.store.resolve, key)
-            if earlier is None or not await self._same_request(earlier, manifest):
-                raise RunError(
-                    "checkpoint_exists",
-                    f"checkpoint {key.name!r} of run {key.run!r} exists already; save under "
-                    "another name, or with overwrite=True",
-                    reason="conflict",
-                ) from taken
-            manifest_id = earlier
-            manifest = await self.manifest(manifest_id)
-        failpoints.reach("publish.named")
-        await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+        if key is None:
+            return manifest_id
+        async with self._changing(key):
+            try:
+                await self._call(self._name, key, manifest_id, replace)
+            except NameTaken as taken:
+                earlier = await self._call(self.store.resolve, key)
+                if earlier is None or not await self._same_request(earlier, manifest):
+                    raise RunError(
+                        "checkpoint_exists",
+                        f"checkpoint {key.name!r} of run {key.run!r} exists already; save under "
+                        "another name, or with overwrite=True",
+                        reason="conflict",
+                    ) from taken
+                manifest_id = earlier
+                manifest = await self.manifest(manifest_id)
+            failpoints.reach("publish.named")
+            await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
         return manifest_id
 
     async def made_by(self, key: NameKey, request_id: str) -> str | None:
@@ -144,18 +157,18 @@ class Checkpoints:
             await self._call(self.store.discard, manifest_id)
 
     async def delete(self, key: NameKey, owner: str) -> None:
-        """Delete a name: hidden at once, its bytes go with the next sweeps."""
-        try:
-            await self._owned(key, owner)
-        except RunError:
-            # An attempt that the catalog interrupted has taken the name away, and no more.
-            mine = checkpoints.c.owner == owner
-            query = sa.select(checkpoints.c.name).where(_row(key) & mine)
-            listed = await self._catalog.read(lambda c: c.execute(query).first())
-            if listed is None or await self._call(self.store.resolve, key) is not None:
-                raise
-        await self._call(self.store.delete_name, key)
-        await self._catalog.write(lambda c: _unindex(c, [key]))
+        """Delete a name: hidden at once, its bytes go with the next sweeps.
+
+        One whose name or manifest is damaged too: as long as that is there, nothing is swept.
+        """
+        async with self._changing(key):
+            try:
+                await self._owned(key, owner)
+            except RunError:
+                if not await self._is_remnant(key, owner):
+                    raise
+            await self._call(self.store.delete_name, key)
+            await self._catalog.write(lambda c: _unindex(c, [key]))
 
     async def set_ttl(self, key: NameKey, owner: str, ttl_seconds: int | None) -> None:
         """Let a checkpoint expire that many seconds from now, or never."""
@@ -235,8 +248,10 @@ class Checkpoints:
     async def sweep(self) -> SweepReport:
         """Sweep the store, and take what has expired out of the index."""
         report = await self._call(self.store.sweep)
-        if report.names:
-            await self._catalog.write(lambda c: _unindex(c, report.names))
+        for key in report.names:
+            async with self._changing(key):
+                if await self._call(self.store.resolve, key) is None:  # not saved again meanwhile
+                    await self._catalog.write(partial(_unindex, keys=[key]))
         return report
 
     async def differences(self) -> Differences:
@@ -302,10 +317,32 @@ class Checkpoints:
         return len(orphans)
 
     async def _amend(self, key: NameKey, owner: str, **changes: Any) -> None:
-        await self._owned(key, owner)
-        manifest_id = await self._call(lambda: self.store.amend(key, **changes))
-        manifest = await self.manifest(manifest_id)
-        await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+        async with self._changing(key):
+            await self._owned(key, owner)
+            manifest_id = await self._call(lambda: self.store.amend(key, **changes))
+            manifest = await self.manifest(manifest_id)
+            await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+
+    def _changing(self, key: NameKey) -> asyncio.Lock:
+        """Held while a name and its row are changed: together, or the row may be of another one."""
+        return self._locks.setdefault(key, asyncio.Lock())
+
+    async def _is_remnant(self, key: NameKey, owner: str) -> bool:
+        """Whether an owner's name is damaged, or its deletion was interrupted by the catalog."""
+        listed = sa.select(checkpoints.c.name).where(_row(key) & (checkpoints.c.owner == owner))
+        of_run = sa.select(runs.c.id).where((runs.c.id == key.run) & (runs.c.owner == owner))
+
+        is_listed, is_of_run = await self._catalog.read(
+            lambda c: [c.execute(query).first() is not None for query in (listed, of_run)]
+        )
+        try:
+            manifest_id = await self._call(self.store.resolve, key)
+            if manifest_id is None:
+                return is_listed
+            await self.manifest(manifest_id)
+        except RunError as error:
+            return error.reason == "damaged" and (is_listed or is_of_run)
+        return False
 
     async def _owned(self, key: NameKey, owner: str) -> None:
         _, manifest = await self.resolve(key, [owner])
@@ -330,9 +367,17 @@ class Checkpoints:
         except NameTaken:
             raise
         except StoreError as error:
-            raise RunError(
-                error.code, str(error), category="server", reason="unavailable"
-            ) from error
+            reason, category = _MEANING[next(kind for kind in _MEANING if isinstance(error, kind))]
+            raise RunError(error.code, str(error), reason=reason, category=category) from error
+
+
+_MEANING: dict[type[StoreError], tuple[Reason, Category]] = {
+    Unavailable: ("unavailable", "server"),
+    Corrupt: ("damaged", "server"),
+    Missing: ("not_found", "user"),
+    StoreError: ("invalid", "user"),
+}
+"""What the store's errors are to a caller; the first that fits."""
 
 
 def _referred_to(connection: sa.Connection) -> set[str]:

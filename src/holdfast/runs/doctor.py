@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -40,7 +41,7 @@ class Diagnosis:
     lost_recovery_points: Mapping[str, str] = field(default_factory=dict)
     """Live runs whose newest recovery point the store does not have, and its manifest."""
     lost_runs: Mapping[str, Manifest] = field(default_factory=dict)
-    """Runs that the catalog does not know, and the newest state of each, if it has no name."""
+    """Runs that the catalog does not know, and the newest intact state of each, without a name."""
     shared: bool = False
     """Whether another server may be training them."""
 
@@ -84,7 +85,9 @@ async def examine(store: Store, catalog: Catalog) -> Diagnosis:
         orphan_size=max(0, report.size - sum(used.values())),
         differences=differences,
         lost_recovery_points=await _lost_recovery_points(store, catalog),
-        lost_runs=_without_name(reached, _newest(await _of_lost_runs(reached, catalog))),
+        lost_runs=_without_name(
+            reached, await _newest_intact(store, await _of_lost_runs(reached, catalog))
+        ),
         shared=store.shared,
     )
 
@@ -92,21 +95,23 @@ async def examine(store: Store, catalog: Catalog) -> Diagnosis:
 async def repair(store: Store, catalog: Catalog) -> Repaired:
     """Make the catalog's index of checkpoints agree with the store. No server may be running.
 
-    The newest state of a run that the catalog does not know gets a name, `auto.POSITION`, from
-    which training goes on; the run's recovery points are let go, unless another server that keeps
-    its checkpoints here may still need them.
+    The newest intact state of a run that the catalog does not know gets a name, `auto.POSITION`,
+    from which training goes on; what else the run has without a name is let go, unless another
+    server that keeps its checkpoints here may still need it. A run without an intact state keeps
+    all it has.
     """
     checkpoints = Checkpoints(store, catalog)
     reached = await asyncio.to_thread(_reach, store)
     lost = await _of_lost_runs(reached, catalog)
+    newest = await _newest_intact(store, lost)
     named = []
-    for manifest in _without_name(reached, _newest(lost)).values():
+    for manifest in _without_name(reached, newest).values():
         state = _named(manifest)
         await checkpoints.publish(state, replace=True)
         assert state.key is not None
         named.append(state.key)
     if not store.shared:
-        await checkpoints.discard(list(lost))
+        await checkpoints.discard([id for id, m in lost.items() if m.run in newest])
     listed, removed = await checkpoints.reconcile()
     return Repaired(listed + len(named), removed, tuple(named))
 
@@ -135,23 +140,20 @@ def _reach(store: Store) -> _Reached:
 
 
 async def _of_lost_runs(reached: _Reached, catalog: Catalog) -> dict[str, Manifest]:
-    """Recovery points of runs that the catalog does not know, or only by their checkpoints."""
+    """Unnamed manifests of runs that the catalog does not know, or only by their checkpoints."""
     known = await catalog.read(stored.trained)
-    return {
-        id: manifest
-        for id, manifest in reached.unnamed.items()
-        if manifest.kind == "training" and manifest.run not in known
-    }
+    return {id: m for id, m in reached.unnamed.items() if m.run not in known}
 
 
-def _newest(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
-    """The newest of each run."""
+async def _newest_intact(store: Store, manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    """The newest state of each run that training can go on from, every byte of it verified."""
     found: dict[str, Manifest] = {}
-    for manifest in manifests.values():
-        other = found.get(manifest.run)
-        newer = other is None or (other.seq, other.created) < (manifest.seq, manifest.created)
-        if newer:
-            found[manifest.run] = manifest
+    newest_first = sorted(manifests.items(), key=lambda x: (x[1].seq, x[1].created), reverse=True)
+    for manifest_id, manifest in newest_first:
+        if manifest.kind == "training" and manifest.run not in found:
+            with suppress(StoreError):
+                if (await asyncio.to_thread(store.verify, manifest_id)).ok:
+                    found[manifest.run] = manifest
     return found
 
 

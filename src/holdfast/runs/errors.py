@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 Category = Literal["user", "server"]
-Reason = Literal["invalid", "not_found", "forbidden", "conflict", "gone", "unavailable"]
+Reason = Literal["invalid", "not_found", "forbidden", "conflict", "gone", "damaged", "unavailable"]
 
 
 class RunError(Exception):

@@ -43,6 +43,8 @@ MOST_SNAPSHOT_DEATHS = 3
 WITHOUT_SNAPSHOTS = 600.0
 """Seconds for which a run then goes on without snapshots of its own accord."""
 _AFTER_FAILED_SNAPSHOT = 30.0
+_PUBLISHING_TAKES = 60.0
+"""Seconds for which a manifest or a name is tried again that the storage did not take."""
 
 _AnySave = Save | SaveExternal | SaveSampler
 
@@ -202,7 +204,13 @@ class Publisher:
             outcome = _saved(entry, _key(run, save, save.name))
             if isinstance(save, Save):
                 # A recovery point of its own: the name may be deleted or moved.
-                base = await self._publish(self.manifest(captured, info, entry.seq))
+                try:
+                    base = await self._publish(self.manifest(captured, info, entry.seq))
+                except RunError as error:  # the save itself is done
+                    self.computed += covered
+                    self._failed(entry.seq, error)
+                    await run.settle(entry.seq, outcome, target=manifest_id)
+                    return
                 await self.settle_with_snapshot(entry, outcome, base, manifest_id, info)
             else:
                 await run.settle(entry.seq, outcome, target=manifest_id)
@@ -345,8 +353,19 @@ class Publisher:
         return _Copy(capture, info, host, life)
 
     async def _publish(self, manifest: Manifest, *, replace: bool = False) -> str:
+        """Publish, trying again for a while when the storage fails: it may be full for a moment."""
         publish = self._run.services.checkpoints.publish
-        return await self._run.patiently(lambda: publish(manifest, replace=replace))
+        deadline = time.monotonic() + _PUBLISHING_TAKES
+        pause = 0.25
+        while True:
+            try:
+                return await self._run.patiently(lambda: publish(manifest, replace=replace))
+            except RunError as error:
+                if error.reason != "unavailable" or time.monotonic() + pause > deadline:
+                    raise
+                self._run.log.warning("publishing is tried again", error=error.message)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
 
     def _check_turn(self, seq: int) -> None:
         """Raises StateGone when an earlier save was lost with its worker, and is to come first."""

@@ -34,13 +34,16 @@ _STATUS: dict[Reason, int] = {
     "forbidden": 403,
     "conflict": 400,
     "gone": 410,
+    "damaged": 500,
     "unavailable": 503,
 }
 
 
 def refusal(status: int, message: str, code: str, category: Category = "user") -> JSONResponse:
     """An error answer with the keys that each client family looks for."""
-    headers = {"retry-after": str(RETRY_AFTER)} if status in (429, 503) else None
+    headers = {"retry-after": str(RETRY_AFTER)} if status in (429, 503) else {}
+    if status == 500:
+        headers["x-should-retry"] = "false"  # neither damage nor a defect heals
     body = refusal_body(message, category=category, code=code)
     return JSONResponse(body, status_code=status, headers=headers)
 
@@ -69,9 +72,7 @@ def install(app: FastAPI) -> None:
         _log.error("the store failed", error=str(error), code=error.code)
         if isinstance(error, StoreUnavailable):
             return refusal(503, str(error), error.code, "server")
-        answer = refusal(500, str(error), error.code, "server")
-        answer.headers["x-should-retry"] = "false"  # damage does not heal
-        return answer
+        return refusal(500, str(error), error.code, "server")
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
