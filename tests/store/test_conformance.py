@@ -258,6 +258,20 @@ def test_everything_is_verified(store: Store) -> None:
     assert store.verify(manifest.id).blobs == 1
 
 
+def test_verifying_tells_how_far_it_is(store: Store) -> None:
+    manifest = made(store, b"w" * 5_000_000)
+    store.set_name(key_of(manifest), store.publish(manifest))
+    store.put_blob([b"left over"])
+    for manifest_id, total in ((manifest.id, manifest.size), (None, manifest.size + 9)):
+        told: list[tuple[int, int]] = []
+        store.verify(manifest_id, progress=lambda *bytes: told.append(bytes))  # noqa: B023
+        assert told[-1] == (total, total)
+        assert {of for _, of in told} == {total}
+        done = [done for done, _ in told]
+        assert done == sorted(done)
+        assert len(done) >= 3
+
+
 def test_a_damaged_name_is_replaced_or_deleted_only_when_asked_to(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
     manifest = made(store)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -28,7 +27,7 @@ from holdfast.protocol.paths import CheckpointPath, check_user_name
 
 if TYPE_CHECKING:
     from holdfast.server.adapters import BaseModel
-    from holdfast.store import Store
+    from holdfast.store import Store, StoreError, VerifyReport
 
 
 @click.command()
@@ -53,51 +52,71 @@ def verify(
     with offline_errors(), open_data_store(data_dir, store) as opened:
         checked, problems = _verify_all(opened) if every else _verify_each(opened, path)
     if as_json:
-        print_json(
-            {
-                "ok": not problems,
-                "checked": checked,
-                "problems": [{"code": code, "message": message} for code, message in problems],
-            }
-        )
+        print_json({"ok": not problems, "checked": checked, "problems": problems})
     else:
-        for _, message in problems:
-            say(f"Error: {message}")
         what = f"{count(checked['manifests'], 'manifest')}, {count(checked['blobs'], 'blob')}"
         say(
             f"{what}, {size(checked['bytes'])} read: "
-            + (f"{len(problems)} damaged" if problems else "all whole")
+            + (count(len(problems), "problem") if problems else "all whole")
         )
+        for problem in problems:
+            say(f"Error: {problem['message']}")
     if problems:
         raise SystemExit(1)
 
 
-Problems = list[tuple[str, str]]
+Problems = list[dict[str, str | None]]
+"""As `--json` shows them; `path` is null where everything was asked for."""
 
 
 def _verify_all(store: Store) -> tuple[dict[str, int], Problems]:
-    with working("reading everything in the store"):
-        report = store.verify()
-    checked = {"manifests": report.manifests, "blobs": report.blobs, "bytes": report.size}
-    return checked, [(problem.code, str(problem)) for problem in report.problems]
+    with bytes_progress("verifying", None) as show:
+        report = store.verify(progress=show)
+    return _checked(report), [_problem(error) for error in report.problems]
 
 
 def _verify_each(
     store: Store, paths: tuple[CheckpointPath, ...]
 ) -> tuple[dict[str, int], Problems]:
+    """What is wrong with one does not keep the others from being read."""
+    from holdfast.store import StoreError
+
     checked = {"manifests": 0, "blobs": 0, "bytes": 0}
     problems: Problems = []
-    ids = [_resolve(store, path) for path in paths]
-    total = sum(store.read_manifest(manifest_id).size for manifest_id in ids)
-    with bytes_progress("verifying", total) as show:
-        for manifest_id in ids:
-            report = store.verify(manifest_id)
-            checked["manifests"] += report.manifests
-            checked["blobs"] += report.blobs
-            checked["bytes"] += report.size
-            problems += [(problem.code, str(problem)) for problem in report.problems]
-            show(checked["bytes"])
+    found = {}
+    for path in paths:
+        try:
+            manifest_id = _find(store, path)
+            found[path] = (manifest_id, store.read_manifest(manifest_id).size)
+        except StoreError as error:
+            problems.append(_problem(error, path))
+    with bytes_progress("verifying", sum(size for _, size in found.values())) as show:
+        for path, (manifest_id, _) in found.items():
+            advance = _after(checked["bytes"], show)
+            try:
+                report = store.verify(manifest_id, progress=advance)
+            except StoreError as error:
+                problems.append(_problem(error, path))
+                continue
+            for what, number in _checked(report).items():
+                checked[what] += number
+            problems += [_problem(error, path) for error in report.problems]
     return checked, problems
+
+
+def _after(before: int, show: Callable[[int], object]) -> Callable[[int, int], object]:
+    return lambda done, _: show(before + done)
+
+
+def _checked(report: VerifyReport) -> dict[str, int]:
+    return {"manifests": report.manifests, "blobs": report.blobs, "bytes": report.size}
+
+
+def _problem(error: StoreError, path: CheckpointPath | None = None) -> dict[str, str | None]:
+    text = str(error)
+    if path is not None and str(path) not in text:
+        text = f"{path}: {text}"
+    return {"code": error.code, "message": text, "path": None if path is None else str(path)}
 
 
 @click.command()
@@ -127,7 +146,7 @@ def export(
     with (
         offline_errors(),
         open_data_store(data_dir, store) as opened,
-        opened.pin(_resolve(opened, path)) as manifest,
+        opened.pin(_find(opened, path)) as manifest,
     ):
         if target.suffix == ".tar":
             archive = Archive(opened, manifest)
@@ -141,7 +160,8 @@ def export(
                 for name, blob in manifest.files.items():
                     pieces = opened.stream_blob(blob, what=f"{name} of {manifest.label}")
                     _write(temporary / name, pieces, blob.size, name)
-                (temporary / MANIFEST).write_bytes(manifest.to_bytes())
+                document = manifest.to_bytes()
+                _write(temporary / MANIFEST, iter([document]), len(document), MANIFEST)
     if as_json:
         print_json(
             {"path": str(path), "target": str(target.absolute()), "size_bytes": manifest.size}
@@ -151,25 +171,37 @@ def export(
 
 
 def _write(path: Path, pieces: Iterator[bytes], total: int, title: str) -> None:
+    from holdfast.store.files import LocalFiles
+
     done = 0
-    with path.open("xb") as file, bytes_progress(title, total) as show:
+    with (
+        closing(LocalFiles().create(str(path))) as file,
+        bytes_progress(title, total) as show,
+    ):
         for piece in pieces:
             file.write(piece)
             done += len(piece)
             show(done)
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
 
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A place beside `target` whose content appears there when all of it has been written."""
+    """A place beside `target`; what is written there appears there at once, and durably.
+
+    Files must have been synced.
+    """
     import shutil
+
+    from holdfast.store.files import LocalFiles
 
     temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:
         yield temporary
+        if temporary.is_dir():
+            LocalFiles().sync_dir(str(temporary))
         temporary.rename(target)
+        LocalFiles().sync_dir(str(target.parent))
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -284,10 +316,11 @@ def _owner(keys: object, wanted: str | None) -> str:
     return wanted
 
 
-def _resolve(store: Store, path: CheckpointPath) -> str:
-    from holdfast.store import NameKey
+def _find(store: Store, path: CheckpointPath) -> str:
+    """The id of a checkpoint's manifest. Raises MissingName."""
+    from holdfast.store import MissingName, NameKey
 
     manifest_id = store.resolve(NameKey(path.run_id, path.kind, path.name))
     if manifest_id is None:
-        raise click.ClickException(f"there is no checkpoint {path} here")
+        raise MissingName(f"there is no checkpoint {path} here")
     return manifest_id

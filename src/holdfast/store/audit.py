@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
-from holdfast.store.base import VerifyReport
+from holdfast.store.base import Progress, VerifyReport
 from holdfast.store.disk import Disk
 from holdfast.store.errors import (
     CorruptName,
@@ -26,8 +26,16 @@ Still = Callable[[], bool]
 class Audit:
     """What was read, and what is wrong with it. `open` opens a blob's file, None: not there."""
 
-    def __init__(self, open: Callable[[str], AbstractContextManager[ReadFile | None]]) -> None:
+    def __init__(
+        self,
+        open: Callable[[str], AbstractContextManager[ReadFile | None]],
+        progress: Progress | None = None,
+    ) -> None:
         self._open = open
+        self._progress = progress
+        self._done = 0
+        self.total = 0
+        """Bytes to be read, for the progress."""
         self._read: dict[str, Blob] = {}
         self._problems: list[StoreError] = []
         self.manifests = 0
@@ -69,25 +77,56 @@ class Audit:
         with suppress(FileNotFoundError), self._open(path) as file:
             if file is not None:
                 check_size(file.size, blob, what, path)
-                verify_file(file, blob, what, path)
+                verify_file(_Watched(file, self._advance), blob, what, path)
                 return True
         return False
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            # What came meanwhile is read as well.
+            self._progress(self._done, max(self._done, self.total))
 
     def has_read(self, path: str) -> bool:
         return path in self._read
 
 
-def verify_manifest(disk: Disk, manifest: Manifest) -> VerifyReport:
+class _Watched:
+    """A file that tells how many bytes are read of it."""
+
+    def __init__(self, file: ReadFile, advance: Callable[[int], None]) -> None:
+        self._file = file
+        self._advance = advance
+        self.size = file.size
+        self.seek = file.seek
+        self.close = file.close
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._file.readinto(buffer)
+        self._advance(count)
+        return count
+
+
+def size_of(manifest: Manifest) -> int:
+    """Bytes of its blobs, each counted once."""
+    return sum(blob.size for blob in set(manifest.files.values()))
+
+
+def verify_manifest(disk: Disk, manifest: Manifest, progress: Progress | None) -> VerifyReport:
     """Read the blobs of one manifest."""
-    audit = Audit(disk.open)
+    audit = Audit(disk.open, progress)
     audit.manifests = 1
+    audit.total = size_of(manifest)
     _check_blobs(audit, disk, manifest, manifest.id)
     return audit.report()
 
 
-def verify_all(disk: Disk) -> VerifyReport:
+def verify_all(disk: Disk, progress: Progress | None) -> VerifyReport:
     """Read every name record, manifest and blob. What is removed meanwhile is not a problem."""
-    audit = Audit(disk.open)
+    audit = Audit(disk.open, progress)
+    if progress is not None:
+        found = (disk.files.stat(disk.path("blobs", entry)) for entry in disk.list("blobs"))
+        audit.total = sum(status.size for status in found if status is not None)
     for entry in disk.list("names"):
         with audit.noting():
             _check_name(audit, disk, entry)

@@ -28,6 +28,9 @@ from holdfast.store.records import NameRecord
 OnDamage = Callable[[StoreError], None]
 """Told of a damaged entry, which is then left out; without it the error is raised."""
 
+Progress = Callable[[int, int], object]
+"""Told how many bytes have been read, and how many there are in all."""
+
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
@@ -209,7 +212,9 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def verify(self, manifest_id: str | None = None) -> VerifyReport:
+    def verify(
+        self, manifest_id: str | None = None, *, progress: Progress | None = None
+    ) -> VerifyReport:
         """Read one manifest and its blobs, or everything in the store, and report what is wrong."""
 
     @abstractmethod

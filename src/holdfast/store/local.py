@@ -11,6 +11,7 @@ from uuid import uuid4
 from holdfast.store.audit import verify_all, verify_manifest
 from holdfast.store.base import (
     OnDamage,
+    Progress,
     Store,
     SweepReport,
     VerifyReport,
@@ -23,9 +24,10 @@ from holdfast.store.errors import (
     CorruptName,
     MissingBlob,
     MissingManifest,
+    ReadOnly,
     storage_errors,
 )
-from holdfast.store.files import Files, LocalFiles, ReadFile
+from holdfast.store.files import Files, LocalFiles, ReadFile, WriteFile
 from holdfast.store.model import Blob, Manifest, NameKey, check_id, content_hash
 from holdfast.store.records import NameRecord, file_name, run_prefix
 from holdfast.store.sweep import Sweeper
@@ -137,13 +139,26 @@ class LocalStore(Store):
         path = self._disk.path("pins", f"{manifest_id}.{uuid4().hex}")
         with self._disk.doing(f"pinning manifest {manifest_id}"), self._disk.changing():
             manifest = self.read_manifest(manifest_id)
-            lock = self._files.create(path)
+            lock = self._create_pin(path)
         try:
             yield manifest
         finally:
-            with suppress(OSError):  # a sweep removes a pin that nobody holds
-                lock.close()
-                self._disk.unlink(path)
+            if lock is not None:
+                with suppress(OSError):  # a sweep removes a pin that nobody holds
+                    lock.close()
+                    self._disk.unlink(path)
+
+    def _create_pin(self, path: str) -> WriteFile | None:
+        """None where nothing can be written: whoever only reads there needs no pin to begin.
+
+        Nothing is swept from a disk that is read-only for all. Where another process can write, a
+        read that it breaks off raises MissingBlob.
+        """
+        try:
+            with storage_errors("pinning"):
+                return self._files.create(path)
+        except ReadOnly:
+            return None
 
     # Names
 
@@ -206,10 +221,12 @@ class LocalStore(Store):
         with self._disk.doing("sweeping"):
             return self._sweeper.sweep()
 
-    def verify(self, manifest_id: str | None = None) -> VerifyReport:
+    def verify(
+        self, manifest_id: str | None = None, *, progress: Progress | None = None
+    ) -> VerifyReport:
         if manifest_id is None:
-            return verify_all(self._disk)
-        return verify_manifest(self._disk, self.read_manifest(manifest_id))
+            return verify_all(self._disk, progress)
+        return verify_manifest(self._disk, self.read_manifest(manifest_id), progress)
 
     def _blob_path(self, blob: Blob) -> str:
         return self._disk.path("blobs", check_id(blob.hash, "blob hash"))

@@ -13,9 +13,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from uuid import uuid4
 
-from holdfast.store.audit import Audit
+from holdfast.store.audit import Audit, size_of
 from holdfast.store.base import (
     OnDamage,
+    Progress,
     Store,
     SweepReport,
     VerifyReport,
@@ -319,12 +320,18 @@ class ObjectStore(Store):
     def sweep(self) -> SweepReport:
         return self._sweeper.sweep()
 
-    def verify(self, manifest_id: str | None = None) -> VerifyReport:
-        audit = Audit(lambda path: self._objects.open(path.removeprefix(self._bucket.path(""))))
+    def verify(
+        self, manifest_id: str | None = None, *, progress: Progress | None = None
+    ) -> VerifyReport:
+        audit = Audit(
+            lambda path: self._objects.open(path.removeprefix(self._bucket.path(""))), progress
+        )
         if manifest_id is not None:
-            self.read_manifest(manifest_id)
+            audit.total = size_of(self.read_manifest(manifest_id))
             self._verify_manifests(audit, self._bucket.manifests_of(manifest_id))
             return audit.report()
+        if progress is not None:
+            audit.total = sum(found.size for found in self._objects.list("blobs"))
         for name in self._bucket.names():
             with audit.noting():
                 self._verify_name(audit, name)
