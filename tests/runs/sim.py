@@ -46,7 +46,7 @@ from holdfast.runs import (
 from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, Engines
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.segments import Segments
-from holdfast.runs.service import Runs
+from holdfast.runs.service import Lifetimes, Runs
 from holdfast.store import LocalStore
 from holdfast.store.files import LocalFiles, WriteFile
 from tests.store.crash import Died, Disk, Process
@@ -266,8 +266,10 @@ class World:
         *,
         large: bool | None = None,
         adapter_memory: int = DEFAULT_ADAPTER_MEMORY,
+        lifetimes: Lifetimes | None = None,
     ) -> None:
         self.adapter_memory = adapter_memory
+        self.lifetimes = lifetimes
         self._survives = survives
         self.power = None if survives is None else Power(Disk())
         shared = Path("/dev/shm")
@@ -282,6 +284,8 @@ class World:
         """Steps of an engine after which the worker dies."""
         self.deadly: frozenset[str] = frozenset()
         """Steps at which every worker dies."""
+        self.hangs = 0
+        """How many workers hang from their start on."""
         self.refuse_commits = 0
         """How many commits the database refuses from now on."""
         self.checked_at_boot: Callable[[World], None] = lambda _: None
@@ -315,7 +319,7 @@ class World:
         )
         self.catalog = SimCatalog(self)
         self.segments = Segments(self.root / "segments", files)
-        self.runs = Runs(self.catalog, self.segments, self.store, self._engines())
+        self.runs = Runs(self.catalog, self.segments, self.store, self._engines(), self.lifetimes)
         if self.kills:
             self.checked_at_boot(self)
         self.loop.run_until_complete(self.runs.start())
@@ -424,6 +428,9 @@ class World:
             base_info(self.fingerprint),
             self.clock.monotonic,
         )
+        if self.hangs > 0:
+            self.hangs -= 1
+            engine.hang()
         self.lives.append(engine)
         return engine
 

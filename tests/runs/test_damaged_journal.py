@@ -88,6 +88,7 @@ def test_an_operation_that_cannot_be_read_fails_and_marks_the_gradients(clients:
     (run,) = clients.all
     clients._submit(run, FORWARD_BACKWARD, batch(1))
     clients.all_end()
+    clients._world.lives[-1].hang()
     clients._submit(run, FORWARD_BACKWARD, batch(2))
     clients._submit(run, OPTIM_STEP, steps())
     clients._submit(run, FORWARD_BACKWARD, batch(3))

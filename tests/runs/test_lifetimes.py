@@ -136,17 +136,20 @@ def end_in_part(clients: Clients) -> None:
     (run,) = clients.all
     train(clients)
     clients.all_end()
-    for x in range(3):  # the first is under way when the end comes
+    for x in range(30):  # some are done when the end comes
         clients._submit(run, bodies.FORWARD_BACKWARD, batch(x))
     run.ending = "session_ended"
     session = clients.sessions.pop()
     clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
     failed: list[int] = []
-    while not failed:
+    for _ in range(1000):
+        if failed:
+            break
         clients._world.let(0.01)
         with clients._world.catalog._engine.connect() as connection:
             query = sa.select(operations.c.seq).where(operations.c.state == "failed")
             failed = list(connection.scalars(query))
+    assert failed
     clients.kill()
     clients._world.let(10.0)
     clients.all_end()

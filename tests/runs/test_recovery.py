@@ -13,7 +13,8 @@ from holdfast.engine.interface import ADAPTER_WEIGHTS
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
 from holdfast.runs.driver import Driver
-from holdfast.runs.errors import RunError
+from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
+from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.order import Entry, State
 from holdfast.runs.publishing import MOST_SNAPSHOT_DEATHS, Publisher
 from holdfast.runs.run import Run
@@ -66,7 +67,9 @@ def end_in_the_middle_of_saves(clients: Clients, point: int, *, worker: bool) ->
     else:
         world.kill_at = frozenset(("commit", "committed"))
         world.kill_in = point
-    world.let(0.1)
+    until = world.clock.now + 0.1
+    while world.clock.now < until and (world.die_in, world.kill_in) != (None, None):
+        world.let(0.001)
     reached = world.die_in is None and world.kill_in is None
     world.kill_in = world.die_in = None
     run.ending = "session_ended"
@@ -199,6 +202,7 @@ def test_a_run_whose_only_snapshot_is_damaged_is_replayed_from_its_beginning(
     monkeypatch.setattr(Publisher, "due", False)  # too little to snapshot, yet
     train(clients, 1)
     clients.all_end()
+    clients._world.let(1.0)
     ((seq, manifest_id),) = points(clients)
     assert seq == 0
     damage(clients, manifest_id)
@@ -452,3 +456,96 @@ def test_a_save_that_is_not_written_alone_is_blamed_for_others(
     monkeypatch.setattr("holdfast.runs.driver.is_last", lambda _: False)
     with pytest.raises(AssertionError):
         kill_beside_a_save(clients)
+
+
+# --- Nothing waits for ever -----------------------------------------------------------------
+
+
+def test_a_worker_that_never_loads_its_base_model_is_ended(clients: Clients) -> None:
+    train(clients, 1)
+    clients.all_end()
+    world = clients._world
+    world.hangs = 1
+    clients.kill_the_worker()
+    train(clients, 2)
+    for _ in range(4):
+        world.let(LOADING_TAKES / 4 + 10)
+        world.runs.sessions.seen(clients.sessions[0].id)
+    clients.all_end()
+    assert [e for e in clients.events if "did not load" in str(e.get("error"))]
+    check_all(clients)
+
+
+def test_a_worker_that_hangs_is_ended(clients: Clients) -> None:
+    train(clients, 1)
+    clients.all_end()
+    clients._world.lives[-1].hang()
+    train(clients, 2)
+    clients._world.let(HUNG_AFTER + 60)
+    check_all(clients)
+    assert [e for e in clients.events if "worker hangs" in e["event"]]
+
+
+def test_a_locked_database_delays_a_skip_and_keeps_no_submission_waiting(clients: Clients) -> None:
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1), seq=2)
+    clients._world.let(359.0)
+    clients._world.refuse_commits = 200
+    clients._world.let(5.0)
+
+    async def submit() -> None:
+        live = await clients._world.runs.live(run.id, OWNER)
+        async with asyncio.timeout(1.0):
+            await live.submit(3, OPTIM_STEP, steps().encode())
+
+    with pytest.raises(Unavailable):
+        clients._world.loop.run_until_complete(submit())
+    clients._world.refuse_commits = 0
+    check_all(clients)
+
+
+def test_a_client_that_goes_away_while_a_worker_starts_leaves_it_to_the_others(
+    clients: Clients,
+) -> None:
+    clients.all_end()
+    host = clients._world.runs.engines[NAME]
+
+    async def leave() -> None:
+        host.lost(host.life)
+        waiting = [asyncio.create_task(host.engine()) for _ in range(2)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.wait(waiting)
+        assert waiting[0].cancelled() and waiting[1].result()
+
+    clients._do(leave)
+    assert len(clients._world.lives) == 2
+
+
+# --- Who is recovered first -----------------------------------------------------------------
+
+
+def recovered(clients: Clients, asking: int) -> list[str]:
+    """Runs in the order in which they are recovered, while one client waits."""
+    clients.create(pick=0, rank=1)
+    for run in clients.all:
+        for x in range(8):
+            clients._submit(run, FORWARD_BACKWARD, batch(x))
+    clients.all_end()
+    for run in clients.all:
+        clients._submit(run, OPTIM_STEP, steps())
+    clients.kill()
+    del clients.events[:]
+    waiting = clients.all[asking]
+    clients._poll(waiting.ops[waiting.highest], 30.0)
+    clients._world.let(60.0)
+    return [e["run"] for e in clients.events if e["event"] == "recovered"]
+
+
+@pytest.mark.parametrize("asking", [0, 1])
+def test_the_run_whose_client_waits_is_recovered_first(
+    clients: Clients, asking: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    order = recovered(clients, asking)
+    assert len(order) == 2 and order[0] == clients.all[asking].id

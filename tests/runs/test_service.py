@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -29,21 +30,25 @@ from hypothesis.stateful import (
 
 from holdfast.catalog.tables import operations
 from holdfast.engine.interface import ADAPTER_WEIGHTS, OPTIMIZER_STATE, LoraConfig, RunConfig
-from holdfast.runs import bodies
+from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Body, CreateFromState, Load, OptimStep, Save, SaveSampler
+from holdfast.runs.engines import HUNG_AFTER
 from holdfast.runs.errors import RunError
-from holdfast.runs.journal import Failure, Outcome
+from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import REFUSAL_REACHES
 from holdfast.runs.run import Run
+from holdfast.runs.service import Lifetimes
 from holdfast.runs.sessions import Session
 from holdfast.store import NameKey
 
-from .model import KEPT_AFTER_READ, ModelRun, Names, Op, agree
+from .model import KEPT_AFTER_READ, Done, ModelRun, Names, Op, agree
 from .sim import World
-from .toy import NAME, ToyState, batch
+from .toy import NAME, ToyState, batch, mixed
 
-EXAMPLES = int(os.environ.get("HOLDFAST_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("HOLDFAST_EXAMPLES", "25"))
 OWNER = "local"
+BRIEF = "brief"
+"""How names begin that expire after an hour."""
 DEFECTS = ("driver failed", "publishing failed", "background work failed", "a defect")
 
 numbers = st.integers(0, 1 << 16)
@@ -67,10 +72,14 @@ class Clients(RuleBasedStateMachine):
         self.names: Names = {}
         self.deaths_since_quiet = 0
         self.count = 0
+        self.other_numerics = False
+        self.hours = 0
+        self.ended_at: dict[str, float] = {}
 
     @initialize(seed=numbers, client=st.sampled_from(["python", "elixir"]))
     def begin(self, seed: int, client: str) -> None:
-        self.world = World(seed)
+        # Sweeps would take most of the time, when hours pass.
+        self.world = World(seed, lifetimes=Lifetimes(between_sweeps=1000.0))
         self.open_session(client)
         self.create(0, 1)
 
@@ -213,6 +222,48 @@ class Clients(RuleBasedStateMachine):
             assert error.code == "checkpoint_not_found" and self._world.kills
         del self.names[key]
 
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers)
+    def save_for_a_while(self, pick: int) -> None:
+        run = self._pick(pick)
+        self.count += 1
+        body = Save(f"{BRIEF}.{self.count}", 3600)
+        self._submit(run, bodies.SAVE_WEIGHTS, body)
+
+    # --- Samplers ----------------------------------------------------------------------------
+
+    @precondition(lambda self: self.sessions and self._stable())
+    @rule(pick=numbers, which=numbers)
+    def sample(self, pick: int, which: int) -> None:
+        """Of a checkpoint's weights; whoever loses a request sends it again."""
+        session = self.sessions[pick % len(self.sessions)]
+        stable = self._stable()
+        key = stable[which % len(stable)]
+        manifest_id = self._world.store.resolve(key)
+        assert manifest_id is not None
+        weights = self._world.store.read_manifest(manifest_id).files[ADAPTER_WEIGHTS].hash
+        self.count += 1
+        number, body = self.count, b"prompt %d" % which
+        sampler = self._do(
+            lambda: self._world.runs.samplers.create_from_path(session.id, OWNER, number, key, None)
+        )
+
+        async def ask() -> Outcome:
+            samplers, seq = self._world.runs.samplers, 0
+            while True:
+                seq += 1
+                samplers.submit(sampler, seq, body, body)
+                with suppress(RunError):
+                    for _ in range(100):
+                        self._beat()
+                        found = await samplers.outcome(sampler.id, seq, 30.0)
+                        if found is not None:
+                            return found
+                    raise AssertionError("the sample does not end")
+
+        found = self._do(ask)
+        assert found.result == b"%d" % mixed("sample", weights, body), found
+
     # --- Disorder ----------------------------------------------------------------------------
 
     @precondition(lambda self: self._open())
@@ -315,6 +366,29 @@ class Clients(RuleBasedStateMachine):
         self.deaths_since_quiet += 1
         self._world.kill_worker()
 
+    @precondition(lambda self: self.deaths_since_quiet < 2)
+    @rule()
+    def hang_the_worker(self) -> None:
+        """It answers nothing more: noticed once there is something to do."""
+        self.deaths_since_quiet += 1
+        if self._world.lives:
+            self._world.lives[-1].hang()
+
+    @rule()
+    def change_the_numerics(self) -> None:
+        """The next worker computes on something else, which changes no integer."""
+        self.other_numerics = True
+        self._world.fingerprint = {"toy": self._world.fingerprint["toy"] + 1}
+
+    @precondition(lambda self: self.hours < 3)
+    @rule()
+    def pass_an_hour(self) -> None:
+        """What expires or is garbage goes in sweeps that are an hour apart."""
+        self.hours += 1  # each takes as long as many other steps
+        for _ in range(4):
+            self._beat()
+            self._world.let(1000.0)
+
     @rule(commits=st.integers(1, 3))
     def refuse_commits(self, commits: int) -> None:
         self._world.refuse_commits = commits
@@ -345,6 +419,7 @@ class Clients(RuleBasedStateMachine):
         """Wait for every outcome, and check it."""
         for run in self.all:
             limit = self._now + 120 + 400 * (len(run.holes) + 1) + 60 * (1 + len(self.all))
+            limit += self.deaths_since_quiet * (HUNG_AFTER + 60)
             for op in list(run.ops.values()):
                 while op.request_id and op.seen is None:
                     outcome, note = self._poll(op, 30.0)
@@ -376,6 +451,7 @@ class Clients(RuleBasedStateMachine):
         for run in mine:
             run.ending = run.ending or "session_ended"
         kills = self._world.kills
+        self.ended_at[session.id] = self._now
         self._do(lambda: self._world.runs.end_session(session.id, "success"))
         self._world.let(1.0)
         for run in mine:
@@ -407,10 +483,8 @@ class Clients(RuleBasedStateMachine):
     def _check(self, run: ModelRun, op: Op, found: Outcome) -> None:
         code = None if found.failure is None else found.failure.code
         if code == "result_expired":
-            # A refusal answers the submission itself, and leaves no future to be kept.
-            since = op.refused_at if op.read_at is None else op.read_at
+            since = self._kept_since(op)
             assert since is not None and self._now - since >= KEPT_AFTER_READ - 1
-            assert op.seen is not None or op.refused_at is not None
             op.seen = op.seen or found
             return
         if op.seen is not None:
@@ -428,6 +502,8 @@ class Clients(RuleBasedStateMachine):
             return
         assert run.cut is None or op.seq < run.cut, f"{op} came after what the end overtook"
         expected = run.interpret(op.seq, self._now)
+        if isinstance(expected, Done) and self.other_numerics:
+            expected.fields.pop("same_numerics", None)
         assert agree(expected, found), f"{run.id} {op}\nfound {found}\nexpected {expected}"
 
     def _check_checkpoints(self) -> None:
@@ -437,6 +513,8 @@ class Clients(RuleBasedStateMachine):
             if key.run in murky:
                 continue
             manifest_id = store.resolve(key)
+            if manifest_id is None and key.name.startswith(BRIEF):
+                continue
             assert manifest_id is not None, f"{key} is lost"
             manifest = store.read_manifest(manifest_id)
             assert manifest.seq == saved.seq
@@ -484,13 +562,35 @@ class Clients(RuleBasedStateMachine):
     def _now(self) -> float:
         return self._world.clock.now
 
+    def _kept_since(self, op: Op) -> float | None:
+        """Since when an outcome has been kept for a while only: it was read, its session ended.
+
+        A refusal answers the submission itself, and leaves no future to be kept.
+        """
+        ended = self.ended_at.get(op.request_id.partition(":")[0])
+        known = [at for at in (op.read_at, op.refused_at, ended) if at is not None]
+        return min(known, default=None)
+
+    def _beat(self) -> None:
+        """The heartbeats of all clients."""
+        for session in self.sessions:
+            self._world.runs.sessions.seen(session.id)
+
     def _do(self, call: Callable[[], Any]) -> Any:
         return self._world.do(call)
 
     def _poll(self, op: Op, timeout: float) -> tuple[Outcome | None, str | None]:
-        found: tuple[Outcome | None, str | None] = self._do(
-            lambda: self._world.runs.outcome(op.request_id, OWNER, timeout)
-        )
+        self._beat()
+        try:
+            found: tuple[Outcome | None, str | None] = self._do(
+                lambda: self._world.runs.outcome(op.request_id, OWNER, timeout)
+            )
+        except RunError as error:
+            # Of a run that has ended, numbers are forgotten.
+            if error.code != "request_not_found" or self._kept_since(op) is None:
+                raise
+            key = RunKey(op.request_id.rpartition(":")[0])
+            return journal.expired(key, op.seq), None
         return found
 
     def _open(self) -> list[ModelRun]:
@@ -501,7 +601,8 @@ class Clients(RuleBasedStateMachine):
 
     def _stable(self) -> list[NameKey]:
         """Names that nothing under way can change."""
-        return [k for k in self.names if not self._writers(k)]
+        stays = [k for k in self.names if not k.name.startswith(BRIEF)]
+        return [k for k in stays if not self._writers(k)]
 
     def _writers(self, key: NameKey) -> bool:
         """Whether a save to that name is still to be interpreted."""

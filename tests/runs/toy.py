@@ -167,7 +167,8 @@ class ToyEngine:
         self.dead = False
         self.executed: list[tuple[str, str, int]] = []
         """(run, kind, seq) of every forward_backward whose gradients were added."""
-        self.in_flight = 0
+        self._in_flight = 0
+        self._hung_since: float | None = None
         self._store = store
         self._point = point
         self._pause = pause
@@ -177,7 +178,17 @@ class ToyEngine:
 
     @property
     def last_progress(self) -> float:
-        return self._clock()
+        return self._clock() if self._hung_since is None else self._hung_since
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that wait for their answer."""
+        return self._in_flight
+
+    def hang(self) -> None:
+        """Answer nothing any more, until it is killed."""
+        if self._hung_since is None:
+            self._hung_since = self._clock()
 
     async def wait_died(self) -> int:
         await self._ended.wait()
@@ -286,7 +297,13 @@ class ToyEngine:
     async def _reach(self, what: str) -> None:
         """Take time, and perhaps die before anything is changed."""
         self._die_perhaps(what)
-        await asyncio.sleep(self._pause(what))
+        self._in_flight += 1
+        try:
+            await asyncio.sleep(self._pause(what))
+            if self._hung_since is not None:
+                await self._ended.wait()
+        finally:
+            self._in_flight -= 1
         self._die_perhaps(what)
 
     def _die_perhaps(self, what: str) -> None:

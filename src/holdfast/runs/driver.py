@@ -13,7 +13,7 @@ from holdfast.engine.interface import EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load, OptimStep
 from holdfast.runs.engines import StateGone
-from holdfast.runs.errors import RunError
+from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.order import Entry, Gap, State
 from holdfast.runs.placement import Placement
@@ -35,6 +35,7 @@ Standing = Literal["live", "idle", "evicted", "recovering"]
 MOST_STALLED = 600.0
 """Seconds for which operations wait for a recovery that cannot go on, until they fail."""
 _BASE_MODEL_PAUSE = 5.0
+_JOURNAL_PAUSE = 1.0
 _MOST_ATTEMPTS = 3
 
 
@@ -197,7 +198,11 @@ class Driver:
         run = self._run
         left = gap.due - time.monotonic()
         if left <= 0:
-            await run.skip(gap.seq)
+            try:
+                await run.skip(gap.seq)
+            except Unavailable as error:
+                run.log.warning("number not skipped yet", seq=gap.seq, error=error.message)
+                await asyncio.sleep(_JOURNAL_PAUSE)
             return
         run.note = f"waiting for request {gap.seq}, at most {left:.0f} s more"
         with suppress(TimeoutError):

@@ -22,6 +22,9 @@ _RESTART_PAUSE = (0.0, 1.0, 5.0, 15.0, 60.0)
 
 HUNG_AFTER = 600.0
 """Seconds without progress after which a worker that has something to do is ended."""
+LOADING_TAKES = 1800.0
+"""Seconds after which a worker that is still loading its base model is ended: a large one comes
+from slow disks, or is downloaded first."""
 _WATCH_EVERY = 10.0
 _WRITES_TAKE = 120.0
 """Seconds after which what is being written is no longer waited for: a full disk is, for 60 s."""
@@ -54,7 +57,7 @@ class Host:
         self._failures = 0
         self._failed: EngineError | None = None
         self._not_before = 0.0
-        self._starting = asyncio.Lock()
+        self._starting: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> BaseModelInfo | None:
@@ -74,11 +77,13 @@ class Host:
         Raises EngineError when the base model cannot be loaded. That stays the answer for a
         pause that grows with each failure.
         """
-        async with self._starting:
-            if self._engine is None:
-                await self._start_one()
-            assert self._engine is not None and self._info is not None
-            return self._engine, self._info, self.life
+        while self._engine is None:
+            if self._starting is None or self._starting.done():
+                self._starting = asyncio.create_task(self._start_one())
+            # Whoever goes away while it starts leaves it to the others.
+            await asyncio.shield(self._starting)
+        assert self._info is not None
+        return self._engine, self._info, self.life
 
     async def _start_one(self) -> None:
         if self._failed is not None and time.monotonic() < self._not_before:
@@ -87,7 +92,10 @@ class Host:
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             engine = await self._start(self.name)
             try:
-                self._info = await engine.ready()
+                self._info = await _loaded(engine)
+            except asyncio.CancelledError:
+                engine.kill()
+                raise
             except (EngineError, WorkerDied) as error:
                 with suppress(EngineError, WorkerDied):
                     await engine.close()
@@ -167,11 +175,23 @@ class Host:
 
     async def close(self) -> None:
         """End the worker, after what it was sent."""
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in (self._watch, self._starting):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.close()
+
+
+async def _loaded(engine: Worker) -> BaseModelInfo:
+    """Wait for its base model, but not for ever: nothing else notices that a start hangs."""
+    try:
+        async with asyncio.timeout(LOADING_TAKES):
+            return await engine.ready()
+    except TimeoutError:
+        engine.kill()
+        raise WorkerDied(f"it did not load its base model within {LOADING_TAKES:.0f} s") from None
 
 
 class Engines:
@@ -203,5 +223,4 @@ class Engines:
         return host
 
     async def close(self) -> None:
-        for host in self._hosts.values():
-            await host.close()
+        await asyncio.gather(*(host.close() for host in self._hosts.values()))

@@ -371,7 +371,12 @@ class Run:
             if also is not None:
                 also(connection)
 
-        await self.write_patiently(work)
+        try:
+            await self.write_patiently(work)
+        except Exception as error:  # a defect: whoever waits is told, also of this one
+            self.broke("an outcome could not be recorded", error)
+            assert self.ended is not None
+            outcome = Outcome(outcome.kind, failure=self.ended)
         failpoints.reach("outcome.recorded")
         self._recent.add(seq, outcome)
         self._recording.pop(seq, None)
@@ -384,15 +389,8 @@ class Run:
         await self.patiently(lambda: self.services.catalog.write(work))
 
     async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Something that has to happen and writes to the catalog: tried until that takes it."""
-        pause = 0.05
-        while True:
-            try:
-                return await call()
-            except CatalogUnavailable as error:
-                self.log.warning("catalog unavailable, trying again", error=str(error))
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 5.0)
+        """`patiently`, with this run's log."""
+        return await patiently(call, self.log)
 
     async def recorded(self) -> None:
         """Wait until every outcome so far is durable."""
@@ -411,16 +409,16 @@ class Run:
         )
 
     async def skip(self, seq: int) -> None:
-        """Give up a number that never came, durably, so that those after it can go on."""
+        """Give up a number that never came, durably, so that those after it can go on.
+
+        Raises Unavailable when the journal does not take that now.
+        """
         async with self._submitting:
             if seq in self.order:  # it came at the last moment
                 return
-            self.log.warning("number skipped: it never came", seq=seq)
-            now = time.time()
             entry = Entry(seq, MISSING, None, State.SKIPPED)
-            await self.write_patiently(
-                lambda c: journal.add(c, self.services.segments, self.key, entry, now=now)
-            )
+            await self._journal(entry)
+            self.log.warning("number skipped: it never came", seq=seq)
             self.order.add(entry)
 
     # --- Life --------------------------------------------------------------------------------
@@ -492,4 +490,17 @@ class Run:
             await asyncio.wait([self._driver], timeout=timeout)
             self._driver.cancel()
             await asyncio.wait([self._driver])
-        await self.recorded()
+        if self._recording:  # what is not recorded is executed again
+            await asyncio.wait(list(self._recording.values()), timeout=timeout)
+
+
+async def patiently(call: Callable[[], Awaitable[T]], log: structlog.BoundLogger = _log) -> T:
+    """Something that has to happen and writes to the catalog: tried until that takes it."""
+    pause = 0.05
+    while True:
+        try:
+            return await call()
+        except CatalogUnavailable as error:
+            log.warning("catalog unavailable, trying again", error=str(error))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)

@@ -31,6 +31,8 @@ MOST_KEPT = 256 << 20
 KEPT_AFTER_READ = 600.0
 """Seconds for which an answer can be read again."""
 _ATTEMPTS = 3
+_LOADING_WAITED_FOR = 30.0
+"""Seconds: clients give up a request after a minute."""
 
 _log = structlog.get_logger("holdfast.samplers")
 
@@ -121,7 +123,12 @@ class Samplers:
             )
         host = self._engines[manifest.base_model]
         try:
-            _, info, _ = await host.engine()
+            async with asyncio.timeout(_LOADING_WAITED_FOR):
+                _, info, _ = await host.engine()
+        except TimeoutError:
+            raise Unavailable(
+                "base_model_loading", f"base model {host.name!r} is being loaded; try again"
+            ) from None
         except EngineError as error:
             raise RunError(error.code, error.message, category=error.category) from error
         if manifest.base_revision != info.revision:
@@ -275,12 +282,10 @@ class Samplers:
             files = (await self._checkpoints.manifest(sampler.manifest)).files
         host = self._engines[sampler.base_model]
         for _ in range(_ATTEMPTS):
-            engine, _, life = await host.engine()
-            try:
-                async with host.turns.take():
+            # The worker that is there when its turn comes: a death before is none of its.
+            with suppress(WorkerDied):
+                async with host.computing() as (engine, _):
                     return await engine.sample(files, body)
-            except WorkerDied:
-                host.lost(life)
         raise RunError(
             "operation_kills_worker",
             f"the worker died {_ATTEMPTS} times while it executed this sampling request",

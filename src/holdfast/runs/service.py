@@ -27,7 +27,7 @@ from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable, not_found
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Order, State
-from holdfast.runs.run import Run, RunInfo, Services
+from holdfast.runs.run import Run, RunInfo, Services, patiently
 from holdfast.runs.samplers import Samplers
 from holdfast.runs.segments import Segments
 from holdfast.runs.sessions import Session, Sessions
@@ -164,8 +164,9 @@ class Runs:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await asyncio.gather(*(live.driver.park() for live in self._live.values()))
-        for live in self._live.values():
-            await live.run.note_read()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(*(live.run.note_read() for live in self._live.values()))
         await self.samplers.close()
         await self.engines.close()
 
@@ -488,8 +489,13 @@ class Runs:
     async def _close_session(self, session_id: str, reason: str) -> None:
         failure = Failure("session_ended", f"session {session_id!r} has ended ({reason})")
         mine = [x for x in self._live.values() if x.run.info.session_id == session_id]
-        await asyncio.gather(*(self._finish(live, failure, "unloaded") for live in mine))
-        await self.samplers.end_session(session_id)
+        found = await asyncio.gather(
+            *(self._finish(live, failure, "unloaded") for live in mine), return_exceptions=True
+        )
+        for error in found:  # one run's defect keeps neither the others nor the samplers
+            if isinstance(error, Exception):
+                _log.error("a run was not ended", session=session_id, exc_info=error)
+        await patiently(lambda: self.samplers.end_session(session_id))
 
     async def _finish(self, live: _Live, reason: Failure, state: str) -> None:
         """End a run, keep its last state, and let it go; once, however many ask for it."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 PATIENCE = 30.0
 """Seconds after which a turn that nobody waits for is taken like the others."""
+COURTESY = 0.05
+"""Seconds for which those that nobody waits for leave the worker to the one that had it."""
 
 
 def _always() -> bool:
@@ -36,29 +38,41 @@ class Turns:
     @asynccontextmanager
     async def take(self, wanted: Callable[[], bool] = _always) -> AsyncIterator[None]:
         """Hold the turn. `wanted` says, whenever one is given, whether somebody waits for this."""
-        if self._taken:
+        if self._taken or (self._waiting and not wanted()):
             waiter = _Waiter(asyncio.get_running_loop().create_future(), wanted, time.monotonic())
             self._waiting.append(waiter)
             try:
                 await waiter.ready
             except asyncio.CancelledError:
-                if waiter in self._waiting:
-                    self._waiting.remove(waiter)
-                else:  # it was given the turn at that moment
+                if not waiter.ready.cancelled():  # it was given the turn at that moment
                     self._pass_on()
                 raise
         self._taken = True
         try:
             yield
         finally:
-            self._pass_on()
+            self._pass_on(after_wanted=wanted())
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, *, after_wanted: bool = False) -> None:
+        """Give the turn to the next, if there is one.
+
+        After one that is waited for, those that are not hold back for a moment: it is about to
+        ask for its next turn, and would otherwise share the worker with each of them.
+        """
+        self._taken = False
+        self._waiting = [w for w in self._waiting if not w.ready.cancelled()]
         now = time.monotonic()
-        waiting = [waiter for waiter in self._waiting if not waiter.ready.done()]
-        following = next((w for w in waiting if w.urgent(now)), waiting[0] if waiting else None)
-        if following is None:
-            self._taken = False
-            return
-        self._waiting.remove(following)
-        following.ready.set_result(None)
+        following = next((w for w in self._waiting if w.urgent(now)), None)
+        if following is None and self._waiting:
+            if after_wanted:
+                asyncio.get_running_loop().call_later(COURTESY, self._offer)
+                return
+            following = self._waiting[0]
+        if following is not None:
+            self._waiting.remove(following)
+            self._taken = True
+            following.ready.set_result(None)
+
+    def _offer(self) -> None:
+        if not self._taken:
+            self._pass_on()
