@@ -199,6 +199,9 @@ class Run:
         await self._journal(entry, body=body, first=first)
         failpoints.reach("submission.journaled")
         self.order.add(entry)
+        if self.ended is not None:  # meanwhile: what was pending then has failed
+            self.settle(entry.seq, Outcome(entry.kind, failure=self.ended))
+            return
         if self._bodies_size + len(body) <= _BODIES_IN_MEMORY:
             self._bodies[entry.seq] = body
             self._bodies_size += len(body)
@@ -465,6 +468,8 @@ class Run:
             if self._driver.cancelled():
                 return False
         self.end(reason)
+        async with self._submitting:  # what is being journaled is settled, too
+            pass
         await self.recorded()
         return True
 

@@ -299,9 +299,12 @@ class Runs:
             order = Order(elixir=session.client == ELIXIR)
             info = RunInfo(session.id, session.owner, config, user_metadata)
             run = Run(key, info, self._services, order)
-            await run.submit(
-                0, body.kind, body.encode(), first=lambda c: c.execute(runs.insert().values(row))
-            )
+
+            def first(connection: Connection) -> None:
+                self.sessions.check_open(connection, session.id)
+                connection.execute(runs.insert().values(row))
+
+            await run.submit(0, body.kind, body.encode(), first=first)
             self._start(run)
             return run
 
@@ -488,7 +491,8 @@ class Runs:
 
     async def _close_session(self, session_id: str, reason: str) -> None:
         failure = Failure("session_ended", f"session {session_id!r} has ended ({reason})")
-        mine = [x for x in self._live.values() if x.run.info.session_id == session_id]
+        async with self._creating:  # a run that is being created is one of them
+            mine = [x for x in self._live.values() if x.run.info.session_id == session_id]
         found = await asyncio.gather(
             *(self._finish(live, failure, "unloaded") for live in mine), return_exceptions=True
         )

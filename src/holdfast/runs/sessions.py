@@ -131,12 +131,15 @@ class Sessions:
         """`get` for a session that takes requests: RunError when it has ended."""
         session = await self.get(session_id, owner)
         if session.ended is not None:
-            raise RunError(
-                "session_ended",
-                f"session {session_id!r} has ended ({session.end_reason}); open a new one",
-            )
+            raise _ended(session_id, session.end_reason)
         self.seen(session_id)
         return session
+
+    def check_open(self, connection: sa.Connection, session_id: str) -> None:
+        """Raises RunError when the session has ended: within the write that depends on it."""
+        row = connection.execute(sa.select(sessions).where(sessions.c.id == session_id)).one()
+        if row.ended is not None:
+            raise _ended(session_id, row.end_reason)
 
     async def end(self, session_id: str, reason: str, detail: str | None = None) -> bool:
         """Mark a session as ended, durably. False when it had ended before."""
@@ -150,8 +153,9 @@ class Sessions:
             journal.close_session(connection, session_id, now=time.time())
             return done.rowcount > 0
 
-        self._seen.pop(session_id, None)
-        return await self._catalog.write(work)
+        ended = await self._catalog.write(work)
+        self._seen.pop(session_id, None)  # not before: what was refused is tried again
+        return ended
 
     async def list_ids(self, owner: str, *, offset: int, limit: int) -> list[str]:
         """Ids of an owner's sessions, newest first."""
@@ -191,3 +195,7 @@ class Sessions:
             return list(of_runs), list(of_samplers)
 
         return await self._catalog.read(work)
+
+
+def _ended(session_id: str, reason: str | None) -> RunError:
+    return RunError("session_ended", f"session {session_id!r} has ended ({reason}); open a new one")
