@@ -13,9 +13,10 @@ import pytest
 from holdfast.catalog import Catalog
 from holdfast.runs.checkpoints import Checkpoint, Checkpoints
 from holdfast.server.data_dir import exclusive
-from holdfast.store import Store
+from holdfast.store import Store, open_store
 from tests.cli.samples import adapter_files, add_checkpoint, fails, holdfast
 from tests.store.samples import OPTIMIZER, WEIGHTS
+from tests.support.s3 import S3Server
 
 
 def examined(*args: str, status: int) -> dict[str, Any]:
@@ -43,6 +44,23 @@ def test_an_empty_store_is_well(data_dir: Path) -> None:
     assert document["ok"] is True
     assert document["problems"] == []
     assert "all is well" in holdfast("doctor").stderr
+
+
+def test_looking_makes_nothing(data_dir: Path, store: Store, tmp_path: Path, s3: S3Server) -> None:
+    add_checkpoint(store)
+    assert codes(examined(status=1)) == ["not_in_catalog", "run_not_in_catalog"]
+    assert [path.name for path in data_dir.iterdir()] == ["store"]
+    new, url = tmp_path / "new", f"s3://{s3.bucket()}/x"
+    where = f"--data-dir={new}"
+    with open_store(url) as shared:
+        add_checkpoint(shared)
+    found = examined(where, f"--store={url}", status=1)
+    assert codes(found) == ["not_in_catalog", "run_not_in_catalog"]
+    for repair in ([], ["--repair"]):
+        assert "there is no store" in fails("doctor", where, f"--store={url}/none", *repair)
+    assert not new.exists()
+    examined(where, f"--store={url}", "--repair", status=0)
+    assert {path.name for path in new.iterdir()} >= {"catalog.db", "store-url"}
 
 
 def test_a_catalog_that_was_lost_is_rebuilt(data_dir: Path, store: Store) -> None:

@@ -23,12 +23,16 @@ from holdfast.store import (
     Missing,
     NameKey,
     NotAStore,
+    ObjectStore,
+    Store,
     StoreError,
     UnsupportedFormat,
 )
 from holdfast.store.model import MAX_MANIFEST, canonical_json, content_hash
 from holdfast.store.records import NameRecord, file_name, seal
+from tests.store.model import Clock
 from tests.store.samples import CONFIG, OPTIMIZER, PLAIN, WEIGHTS, key_of, manifest_of
+from tests.store.storage import MemoryObjects, Storage
 
 KEY = key_of(PLAIN)
 RANDOM = random.Random(5)
@@ -219,6 +223,60 @@ def test_foreign_files_in_the_store_are_reported_and_not_followed(saved: Path) -
     finally:
         for path in foreign:
             path.unlink()
+
+
+@pytest.mark.parametrize("directory", ["names", "manifests", "unnamed", "blobs", "fresh", "pins"])
+def test_a_directory_among_the_files_does_not_keep_sweeps_from_going_on(
+    saved: Path, tmp_path: Path, directory: str
+) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(saved, root)
+    clock = Clock()
+    with LocalStore(root, wall=lambda: clock.wall, monotonic=lambda: clock.monotonic) as store:
+        expired = manifest_of({}, name="expired", expires=clock.wall - 1)
+        store.set_name(key_of(expired), store.publish(expired))
+        left_over = store.put_blob([b"left over"])
+        (root / directory / ("0" * 64)).mkdir()
+        removed = set()
+        for _ in range(6):
+            clock.monotonic += 1800.0
+            report = store.sweep()
+            removed |= {*report.names}
+            if directory != "pins":
+                assert str(root / directory / ("0" * 64)) in report.damaged
+        assert removed == {key_of(expired)}
+        # Of what it may refer to nothing goes.
+        assert store.has_blob(left_over) == (directory in ("manifests", "unnamed"))
+        assert len(load(store)) == len(SIZES)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_flipped_bit_of_a_stores_marker_is_refused(tmp_path: Path, shared: bool) -> None:
+    storage = Storage()
+    marker = tmp_path / "store" / "holdfast-store.json"
+
+    def store() -> Store:
+        return ObjectStore(MemoryObjects(storage)) if shared else LocalStore(marker.parent)
+
+    def write(data: bytes) -> None:
+        if shared:
+            storage.put(marker.name, data)
+        else:
+            marker.write_bytes(data)
+
+    store().close()
+    whole = storage.objects[marker.name][0] if shared else marker.read_bytes()
+    flipped = [
+        whole[:n] + bytes([whole[n] ^ 1 << bit]) + whole[n + 1 :]
+        for n in range(len(whole))
+        for bit in range(8)
+    ]
+    for data in (*flipped, whole + b"\n", b" " + whole, whole[:-1], b"", b"[" * 4000):
+        write(data)
+        with pytest.raises((NotAStore, UnsupportedFormat), match=marker.name):
+            store()
+    write(whole)
+    store().close()
 
 
 # Hostile values

@@ -31,13 +31,13 @@ def command(repair: bool, data_dir: Path, store: str | None, as_json: bool) -> N
     well at the end.
     """
     from holdfast.runs import doctor
-    from holdfast.server.data_dir import exclusive, existing
+    from holdfast.server.data_dir import exclusive, existing, looked_at
 
     directory = data_dir.expanduser().absolute()
     repaired: Repaired | None = None
     with (
         offline_errors(),
-        existing(directory, store) as opened,
+        (existing if repair else looked_at)(directory, store) as opened,
         exclusive(directory) if repair else nullcontext(),
     ):
         with working("reading everything in the store"):

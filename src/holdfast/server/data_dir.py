@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
 from holdfast.store import Store, StoreError, check_url, open_store
@@ -34,25 +35,41 @@ class DataDir:
 
 @contextmanager
 def existing(path: Path, url: str | None) -> Iterator[DataDir]:
-    """Open the data directory of a server, which may be running. Raises CannotUse.
+    """Open the data directory of a server, which may be running, to change it. Raises CannotUse.
 
     With the address of a store it may be a new one: its catalog is rebuilt from the store.
     """
-    if url is not None:
-        with _using(path):
-            path.mkdir(parents=True, exist_ok=True)
-    store = _open(path, location(path, url))
+    with _open(path, location(path, url)) as store:
+        if url is not None:
+            with _using(path):
+                path.mkdir(parents=True, exist_ok=True)
+        with _catalog(path / CATALOG) as catalog:
+            remember(path, url)
+            yield DataDir(path, catalog, store)
+
+
+@contextmanager
+def looked_at(path: Path, url: str | None) -> Iterator[DataDir]:
+    """`existing`, to read only: what is not there is not made. A missing catalog is an empty one.
+
+    Raises CannotUse.
+    """
+    with _open(path, location(path, url)) as store, TemporaryDirectory() as empty:
+        file = path / CATALOG
+        with _catalog(file if file.exists() else Path(empty) / CATALOG) as catalog:
+            yield DataDir(path, catalog, store)
+
+
+@contextmanager
+def _catalog(file: Path) -> Iterator[Catalog]:
     try:
-        catalog = Catalog.open_file(path / CATALOG)
+        catalog = Catalog.open_file(file)
     except (CatalogUnavailable, NewerCatalog) as error:
-        store.close()
         raise CannotUse(str(error)) from error
     try:
-        remember(path, url)
-        yield DataDir(path, catalog, store)
+        yield catalog
     finally:
         catalog.close()
-        store.close()
 
 
 def existing_store(path: Path, url: str | None) -> Store:

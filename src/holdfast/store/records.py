@@ -83,16 +83,26 @@ def marker(format: str, version: int) -> bytes:
 
 
 def check_marker(data: bytes | None, path: str, format: str, version: int) -> None:
-    """Raises NotAStore, naming `path`, or UnsupportedFormat for a newer version."""
-    document = {} if data is None else parse_json(data, path)
+    """Raises NotAStore, naming `path`, or UnsupportedFormat for a newer version.
+
+    A marker has no hash: only the very bytes that are written for a known version are taken.
+    """
+    if data in [marker(format, known) for known in range(1, version + 1)]:
+        return
+    try:
+        document = {} if data is None else parse_json(data, path)
+    except Corrupt:
+        document = {}
     found = document.get("version")
-    if document.get("format") != format or type(found) is not int:
-        raise NotAStore(f"{path} is not the marker of a Holdfast store")
-    if found > version:
+    if document.get("format") == format and type(found) is int and found > version:
         raise UnsupportedFormat(
-            f"{path.rpartition('/')[0]} is a store of version {found}; "
+            f"{path} says that this is a store of version {found}; "
             f"this Holdfast reads up to {version}"
         )
+    raise NotAStore(
+        f"{path} is damaged, or is not the marker of a Holdfast store, which holds "
+        f"{marker(format, version).decode()} and nothing else"
+    )
 
 
 def file_name(key: NameKey) -> str:

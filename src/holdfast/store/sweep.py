@@ -27,13 +27,16 @@ from uuid import uuid4
 from holdfast.store.aging import LONG, Ages, Identity
 from holdfast.store.base import SweepReport
 from holdfast.store.disk import SWEEP_STATE, Disk
-from holdfast.store.errors import Corrupt, Unavailable, UnsupportedFormat
+from holdfast.store.errors import Corrupt, IOFailed, Unavailable, UnsupportedFormat
 from holdfast.store.model import NameKey
 
 SHORT = 60.0
 """Seconds of server time between the two sweeps that must see something unreferenced."""
 
 _MAX_STATE = 1 << 28
+
+_DAMAGE = (Corrupt, UnsupportedFormat, IOFailed)
+"""Of one entry, which may refer to anything; also a bad sector, or a directory in its place."""
 
 
 @dataclass(slots=True)
@@ -43,7 +46,7 @@ class _Scan:
     candidates: dict[str, Identity] = field(default_factory=dict)
     """Path under the root -> identity, of all that could go."""
     expired: dict[str, NameKey] = field(default_factory=dict)
-    damaged: list[str] = field(default_factory=list)
+    damaged: set[str] = field(default_factory=set)
 
 
 class Sweeper:
@@ -74,7 +77,7 @@ class Sweeper:
         self._last = moment
         scan = self._scan()
         state.see(scan.candidates)
-        report = SweepReport(waiting=len(scan.candidates), damaged=tuple(scan.damaged))
+        report = SweepReport(waiting=len(scan.candidates), damaged=tuple(sorted(scan.damaged)))
         if any(self._ripe(path, state) for path in scan.candidates):
             with self._disk.removing():
                 report = self._remove(self._scan(), state)
@@ -115,7 +118,7 @@ class Sweeper:
             blobs=removed.get("blobs", 0),
             size=sum(sizes),
             waiting=len(scan.candidates) - sum(removed.values()),
-            damaged=tuple(scan.damaged),
+            damaged=tuple(sorted(scan.damaged)),
         )
 
     def _unlink(self, ripe: dict[str, list[str]], *directories: str) -> None:
@@ -155,8 +158,8 @@ class Sweeper:
             path = f"names/{entry}"
             try:
                 record = self._disk.read_record(entry)
-            except (Corrupt, UnsupportedFormat):
-                scan.damaged.append(self._disk.path(path))
+            except _DAMAGE:
+                scan.damaged.add(self._disk.path(path))
                 whole = False
                 continue
             if record is not None:
@@ -190,8 +193,8 @@ class Sweeper:
                 if references is None:
                     try:
                         manifest = self._disk.read_manifest(directory, entry)
-                    except (Corrupt, UnsupportedFormat):
-                        scan.damaged.append(self._disk.path(directory, entry))
+                    except _DAMAGE:
+                        scan.damaged.add(self._disk.path(directory, entry))
                         whole = False
                         continue
                     if manifest is None:
@@ -204,7 +207,9 @@ class Sweeper:
     def _consider(self, scan: _Scan, paths: Iterable[str]) -> None:
         for path in paths:
             status = self._disk.files.stat(self._disk.path(path))
-            if status is not None:
+            if status is not None and status.is_dir:  # not ours, and not to be unlinked
+                scan.damaged.add(self._disk.path(path))
+            elif status is not None:
                 scan.candidates[path] = status.identity
 
     def _size(self, path: str) -> int:
