@@ -106,6 +106,27 @@ def test_a_download_is_resumed_by_a_later_call(
     assert kept.ranges[-1] is not None
 
 
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_download_that_fails_leaves_no_empty_directory(
+    scripted: ScriptedServer, kept: Archive, rest: RestClient, tmp_path: Path, there_before: bool
+) -> None:
+    target = tmp_path / "folder"
+    if there_before:
+        target.mkdir()
+    scripted.faults["x"].append(status(403, {"detail": "gone"}))
+    with pytest.raises(Exception, match="gone"):
+        rest.download_checkpoint(PATH, target).result(10)
+    kept.digest_of = b"other bytes"
+    with pytest.raises(InvalidAnswerError, match="digest"):
+        rest.download_checkpoint(PATH, target).result(10)
+    assert target.exists() == there_before
+    # What has arrived stays, to be gone on with.
+    scripted.faults["x"].extend([BROKEN_BODY, status(403)])
+    with pytest.raises(Exception, match="403"):
+        rest.download_checkpoint(PATH, target).result(10)
+    assert any(path.suffix == ".part" for path in target.iterdir())
+
+
 def test_an_archive_that_changed_is_fetched_anew(
     scripted: ScriptedServer, kept: Archive, rest: RestClient, tmp_path: Path
 ) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
 
-from holdfast.server.archive import parse_range
+from holdfast.engine.interface import OPTIMIZER_STATE
+from holdfast.server.archive import Download, Reading, parse_range
+from holdfast.store import CorruptBlob, LocalStore
+from tests.store.samples import manifest_of
 from tests.support.raw import RawRun
 from tests.support.server import ServerProcess
 
@@ -70,6 +76,73 @@ def test_ranges_join_to_the_whole(run: RawRun) -> None:
     assert beyond.headers["content-range"] == f"bytes */{size}"
     changed = httpx2.get(url, headers={"range": "bytes=0-9", "if-range": '"another"'})
     assert changed.status_code == 200
+
+
+def test_damage_breaks_a_download_off_in_one_line_of_the_log(
+    run: RawRun, server: ServerProcess
+) -> None:
+    with RawRun.open(server) as other:
+        other.forward_backward(1)
+        other.optim_step(2)
+        other.save(3, "kept")
+        url = address(other)
+        whole = httpx2.get(url).content
+        manifest = server.manifest(f"tinker://{other.model_id}/weights/kept")
+        damaged = manifest.files[OPTIMIZER_STATE].hash
+        path = server.data_dir / "store" / "blobs" / damaged
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        before = len(server.log)
+        with pytest.raises(httpx2.RemoteProtocolError, match="without sending complete"):
+            httpx2.get(url)
+        told = server.log[before:]
+        assert "Traceback" not in told
+        assert told.count("a download broke off") == told.count(damaged) == 1
+        path.write_bytes(data)
+        assert httpx2.get(url).content == whole
+
+
+@pytest.mark.anyio
+async def test_one_digest_at_a_time_is_computed_of_the_same_bytes(tmp_path: Path) -> None:
+    begun = 0
+    go_on = threading.Event()
+
+    class Counted(Download):
+        def digest(self) -> str:
+            nonlocal begun
+            begun += 1
+            assert go_on.wait(10)
+            return super().digest()
+
+    with LocalStore(tmp_path) as store:
+        manifests = [
+            manifest_of({"a": store.put_blob([content])}, name=None)
+            for content in (b"one", b"other")
+        ]
+        for manifest in manifests:
+            store.publish(manifest)
+        reading = Reading()
+        asked = [
+            asyncio.ensure_future(reading.digest(Counted(store, manifest, file)))
+            for file in (None, "a")
+            for manifest in (manifests[0], *manifests)
+        ]
+        await asyncio.sleep(0)
+        asked[0].cancel()  # a client that has gone does not keep the others from theirs
+        go_on.set()
+        found = [await digest for digest in asked[1:]]
+        assert begun == len(set(found)) == 4
+        digest = base64.b64encode(hashlib.sha256(b"one").digest()).decode()
+        assert found[-2] == f"sha-256=:{digest}:"
+        damaged = manifest_of({"a": store.put_blob([b"third"])}, name=None)
+        store.publish(damaged)
+        path = tmp_path / "blobs" / damaged.files["a"].hash
+        path.write_bytes(b"th1rd")
+        with pytest.raises(CorruptBlob):
+            await reading.digest(Counted(store, damaged))
+        path.write_bytes(b"third")
+        assert await reading.digest(Counted(store, damaged))  # an error is not kept
+        reading.close()
 
 
 def test_an_address_that_was_tampered_with_is_refused(run: RawRun) -> None:

@@ -10,7 +10,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -35,9 +36,29 @@ async def download_archive(
 
     While it is under way the bytes are in a hidden file in the directory. The checkpoint's files
     appear only when the archive is whole. Raises the server's error, and InvalidAnswerError for
-    an archive that cannot be unpacked safely.
+    an archive that cannot be unpacked safely; a directory that was made and is empty goes then.
     """
-    await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
+    with _made(directory):
+        await _download(server, address, directory, progress)
+    return directory
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):  # what is in it is gone on with by a later call
+                directory.rmdir()
+        raise
+
+
+async def _download(
+    server: Server, address: str, directory: Path, progress: Progress | None
+) -> None:
     key = hashlib.sha256(address.encode()).hexdigest()[:16]
     part = directory / f".{key}.part"
     patience = Patience(server.retry)
@@ -74,7 +95,6 @@ async def download_archive(
         log.debug("download of %s: %s; again in %.2f s", address, failure.message, delay)
         await asyncio.sleep(delay)
     await asyncio.to_thread(_unpack, part, directory)
-    return directory
 
 
 async def _locate(server: Server, address: str) -> str:

@@ -72,6 +72,7 @@ def create_app(
         warm.cancel()
         await asyncio.gather(warm, return_exceptions=True)
         await runs.stop()
+        await asyncio.to_thread(context.reading.close)
 
     app = FastAPI(
         title="Holdfast",

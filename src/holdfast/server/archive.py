@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
 from holdfast.store import Archive, Manifest, Store
+
+_READERS = 4
+_DIGESTERS = 2
+_DIGESTS = 256
 
 
 @dataclass(frozen=True)
@@ -55,34 +60,50 @@ class Download:
                 yield from self.store.stream_blob(blob, start, stop, what=what)
 
     def digest(self) -> str:
-        """The sha-256 of all bytes, as a Repr-Digest field (RFC 9530). Reads all of them once."""
-        return _digest(_Key(self.etag, self))
+        """The sha-256 of all bytes, as a Repr-Digest field (RFC 9530). Reads all of them."""
+        total = hashlib.sha256()
+        for chunk in self.read(0, self.size):
+            total.update(chunk)
+        return f"sha-256=:{base64.b64encode(total.digest()).decode()}:"
 
     @property
     def _archive(self) -> Archive:
         return Archive(self.store, self.manifest)
 
 
-class _Key:
-    """A download by what it is."""
+class Reading:
+    """The threads that downloads are read in, away from those of everything else a server does.
 
-    def __init__(self, etag: str, download: Download) -> None:
-        self.etag = etag
-        self.download = download
+    A digest reads a whole archive: each is computed once at a time, and the last ones are kept.
+    """
 
-    def __hash__(self) -> int:
-        return hash(self.etag)
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_READERS, "archive")
+        self._digesters = ThreadPoolExecutor(_DIGESTERS, "digest")
+        self._digests: dict[str, asyncio.Future[str]] = {}
+        """By what they are of, the oldest first."""
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.etag == self.etag
+    async def digest(self, download: Download) -> str:
+        """`download.digest()`. Raises the store's errors."""
+        etag = download.etag
+        found = self._digests.get(etag)
+        if found is None or (found.done() and found.exception() is not None):
+            loop = asyncio.get_running_loop()
+            found = loop.run_in_executor(self._digesters, download.digest)
+            while len(self._digests) >= _DIGESTS:
+                del self._digests[next(iter(self._digests))]
+            self._digests[etag] = found
+        return await asyncio.shield(found)  # others may be waiting for it
 
+    async def next(self, chunks: Iterator[bytes]) -> bytes | None:
+        """The next of a download's chunks; None after the last."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, next, chunks, None)
 
-@lru_cache(maxsize=256)
-def _digest(key: _Key) -> str:
-    total = hashlib.sha256()
-    for chunk in key.download.read(0, key.download.size):
-        total.update(chunk)
-    return f"sha-256=:{base64.b64encode(total.digest()).decode()}:"
+    def close(self) -> None:
+        """Wait for what is being read; nothing more is begun."""
+        for threads in (self._digesters, self._threads):
+            threads.shutdown(cancel_futures=True)
 
 
 def parse_range(text: str | None, size: int) -> tuple[int, int] | None:

@@ -6,13 +6,14 @@ they do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from holdfast.protocol.errors import PermissionDeniedError
 from holdfast.runs.service import ELIXIR, Runs
+from holdfast.server.archive import Reading
 from holdfast.server.auth import Keys
 from holdfast.server.settings import Settings
 
@@ -24,6 +25,7 @@ class Context:
     settings: Settings
     runs: Runs
     keys: Keys
+    reading: Reading = field(default_factory=Reading)
 
 
 async def context(request: Request) -> Context:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import secrets
@@ -15,12 +14,13 @@ from typing import Annotated, Any
 import structlog
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Send
 
 from holdfast.protocol.checkpoints import ArchiveUrlResponse, ExternalWeightsUrlsResponse
 from holdfast.protocol.errors import PermissionDeniedError
 from holdfast.runs.errors import RunError, not_found
-from holdfast.server.archive import Download, parse_range
-from holdfast.server.context import OwnerDep, RunsDep
+from holdfast.server.archive import Download, Reading, parse_range
+from holdfast.server.context import ContextDep, OwnerDep, RunsDep
 from holdfast.server.failures import refusal
 from holdfast.server.routes.checkpoints import ONE, Segment, named
 from holdfast.store import StoreError
@@ -77,6 +77,7 @@ IfRange = Annotated[str | None, Header()]
 async def archive_content(
     manifest_id: str,
     runs: RunsDep,
+    context: ContextDep,
     expires: Expires,
     token: Token,
     range_: Range = None,
@@ -84,7 +85,9 @@ async def archive_content(
 ) -> Response:
     """The archive, or a range of it. Its digest is of the whole."""
     _check_token(token, manifest_id, None, expires)
-    return await _answer(await _download(runs, manifest_id, None), range_, if_range)
+    return await _answer(
+        await _download(runs, manifest_id, None), context.reading, range_, if_range
+    )
 
 
 @router.get("/archives/{manifest_id}/{file}", name="file_content")
@@ -92,6 +95,7 @@ async def file_content(
     manifest_id: str,
     file: str,
     runs: RunsDep,
+    context: ContextDep,
     expires: Expires,
     token: Token,
     range_: Range = None,
@@ -99,7 +103,9 @@ async def file_content(
 ) -> Response:
     """One file, or a range of it. Its digest is of the whole."""
     _check_token(token, manifest_id, file, expires)
-    return await _answer(await _download(runs, manifest_id, file), range_, if_range)
+    return await _answer(
+        await _download(runs, manifest_id, file), context.reading, range_, if_range
+    )
 
 
 async def _download(runs: RunsDep, manifest_id: str, file: str | None) -> Download:
@@ -110,12 +116,14 @@ async def _download(runs: RunsDep, manifest_id: str, file: str | None) -> Downlo
         raise not_found("file", str(file)) from None
 
 
-async def _answer(found: Download, range_: str | None, if_range: str | None) -> Response:
+async def _answer(
+    found: Download, reading: Reading, range_: str | None, if_range: str | None
+) -> Response:
     etag = f'"{found.etag}"'
     headers = {
         "accept-ranges": "bytes",
         "etag": etag,
-        "repr-digest": await asyncio.to_thread(found.digest),
+        "repr-digest": await reading.digest(found),
     }
     try:
         part = parse_range(range_ if if_range in (None, etag) else None, found.size)
@@ -127,19 +135,31 @@ async def _answer(found: Download, range_: str | None, if_range: str | None) -> 
     headers["content-length"] = str(end - start)
     if part is not None:
         headers["content-range"] = f"bytes {start}-{end - 1}/{found.size}"
-    return StreamingResponse(
-        _stream(found, found.read(start, end)),
+    return _Breakable(
+        _stream(found, found.read(start, end), reading),
         status_code=206 if part else 200,
         headers=headers,
         media_type=found.media_type,
     )
 
 
-async def _stream(download: Download, chunks: Generator[bytes]) -> AsyncIterator[bytes]:
-    # A blob that turns out to be damaged breaks the body off: its length is then wrong, which
-    # every client notices.
+class _Breakable(StreamingResponse):
+    """A body that a StoreError breaks off: too short, which every client notices.
+
+    The answer has begun, so that there is no other way to tell it. The server closes the
+    connection of an answer that is not brought to its end.
+    """
+
+    async def stream_response(self, send: Send) -> None:
+        with suppress(StoreError):
+            await super().stream_response(send)
+
+
+async def _stream(
+    download: Download, chunks: Generator[bytes], reading: Reading
+) -> AsyncIterator[bytes]:
     try:
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        while (chunk := await reading.next(chunks)) is not None:
             yield chunk
     except StoreError as error:
         _log.error("a download broke off", manifest=download.manifest.id, error=str(error))
