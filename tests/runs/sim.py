@@ -338,10 +338,10 @@ class World:
             self.power = Power(self._survives(self.power.disk, self.random))
         self.boot()
 
-    def restart(self) -> None:
-        """Stop in good order and start again."""
+    def restart(self, within: float = 20.0) -> None:
+        """Stop in good order, which may take so many seconds, and start again."""
         try:
-            self.loop.run_until_complete(self.runs.stop())
+            self.loop.run_until_complete(self.runs.stop(within / 2))
         except Killed:
             self.kill()
             return

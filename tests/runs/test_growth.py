@@ -28,7 +28,7 @@ SOME_SEGMENTS = 2 << 20
 """Bytes: which are full, and which have just been let go, depends on the moment, too."""
 """Steps that are submitted together; then their results are read."""
 LARGE_EVERY = 5
-MORE = 1.25
+MORE = 1.5
 """How much larger something may be after five times the steps: it depends on the moment."""
 
 Sizes = dict[str, int]

@@ -349,9 +349,9 @@ class Clients(RuleBasedStateMachine):
     def kill(self) -> None:
         self._world.kill()
 
-    @rule()
-    def restart(self) -> None:
-        self._world.restart()
+    @rule(within=st.sampled_from([20.0, 20.0, 1.0, 0.1]))
+    def restart(self, within: float = 20.0) -> None:
+        self._world.restart(within)
 
     @precondition(lambda self: self.deaths_since_quiet < 2)
     @rule(points=st.integers(0, 20))

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from holdfast.engine.interface import (
     ADAPTER_WEIGHTS,
@@ -30,6 +31,9 @@ from holdfast.engine.interface import (
 )
 from holdfast.engine.worker import store_error
 from holdfast.store import Blob, Store, StoreError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAME = "toy"
 _PRIME = (1 << 61) - 1
@@ -151,6 +155,32 @@ def optim_step(
     return stepped, {"skipped": 0.0, "step": float(stepped.step), "w": float(stepped.weights >> 10)}
 
 
+def _in_turn(
+    method: Callable[Concatenate[ToyEngine, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[ToyEngine, P], Coroutine[Any, Any, T]]:
+    """As a worker executes calls: one after the other, to its end, whoever still waits for it."""
+
+    @wraps(method)
+    async def call(engine: ToyEngine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async def execute() -> T:
+            async with engine.executing:
+                result = await method(engine, *args, **kwargs)
+            engine.last_progress = engine.clock()
+            return result
+
+        if not engine.in_flight:
+            engine.last_progress = engine.clock()
+        engine.in_flight += 1
+        task = asyncio.create_task(execute())
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            return await asyncio.shield(task)
+        finally:
+            engine.in_flight -= 1
+
+    return call
+
+
 class ToyEngine:
     """A worker. `point` is called before and after it changes anything, and may raise WorkerDied;
     `pause` gives the seconds that an operation takes."""
@@ -167,28 +197,21 @@ class ToyEngine:
         self.dead = False
         self.executed: list[tuple[str, str, int]] = []
         """(run, kind, seq) of every forward_backward whose gradients were added."""
-        self._in_flight = 0
-        self._hung_since: float | None = None
+        self.in_flight = 0
+        """Calls that wait for their answer."""
+        self.last_progress = clock()
+        self.executing = asyncio.Lock()
+        self.clock = clock
+        self._hangs = False
         self._store = store
         self._point = point
         self._pause = pause
         self._info = info
-        self._clock = clock
         self._ended = asyncio.Event()
-
-    @property
-    def last_progress(self) -> float:
-        return self._clock() if self._hung_since is None else self._hung_since
-
-    @property
-    def in_flight(self) -> int:
-        """Calls that wait for their answer."""
-        return self._in_flight
 
     def hang(self) -> None:
         """Answer nothing any more, until it is killed."""
-        if self._hung_since is None:
-            self._hung_since = self._clock()
+        self._hangs = True
 
     async def wait_died(self) -> int:
         await self._ended.wait()
@@ -202,16 +225,19 @@ class ToyEngine:
     async def close(self) -> None:
         self.kill()
 
+    @_in_turn
     async def ready(self) -> BaseModelInfo:
         await self._reach("ready")
         return self._info
 
+    @_in_turn
     async def create(self, run: str, config: RunConfig) -> StateInfo:
         await self._reach("create")
         self.states[run] = initial(config)
         self._die_perhaps("created")
         return self.states[run].info
 
+    @_in_turn
     async def restore(
         self, run: str, config: RunConfig, files: Mapping[str, Blob], *, optimizer: bool
     ) -> StateInfo:
@@ -227,16 +253,20 @@ class ToyEngine:
         self._die_perhaps("restored")
         return self.states[run].info
 
+    @_in_turn
     async def forward(self, run: str, seq: int, batch: bytes) -> bytes:
         return await self._batch("forward", forward, run, seq, batch)
 
+    @_in_turn
     async def forward_backward(self, run: str, seq: int, batch: bytes) -> bytes:
         return await self._batch("forward_backward", forward_backward, run, seq, batch)
 
+    @_in_turn
     async def mark_incomplete(self, run: str, seq: int, message: str) -> None:
         await self._reach("mark")
         self.states[run] = self._state(run).marked(seq, message)
 
+    @_in_turn
     async def optim_step(self, run: str, params: AdamParams) -> dict[str, float]:
         await self._reach("optim_step")
         self.states[run], result = optim_step(self._state(run), params)
@@ -245,22 +275,29 @@ class ToyEngine:
             raise result
         return result
 
+    @_in_turn
     async def capture(self, run: str, *, optimizer: bool = True) -> ToyCapture:
         await self._reach("capture")
         return ToyCapture(self, self._state(run), optimizer)
 
+    @_in_turn
     async def sample(self, adapter: Mapping[str, Blob] | None, request: bytes) -> bytes:
         await self._reach("sample")
         weights = None if adapter is None else adapter[ADAPTER_WEIGHTS].hash
         return b"%d" % mixed("sample", weights, request)
 
+    @_in_turn
     async def drop(self, run: str) -> None:
         await self._reach("drop")
         self.states.pop(run, None)
 
     async def write(self, state: ToyState, optimizer: bool) -> Captured:
         """What a capture does beside the training."""
-        await self._reach("write")
+        self.in_flight += 1
+        try:
+            await self._reach("write")
+        finally:
+            self.in_flight -= 1
         weights, rest = state.encode()
         try:
             files = {ADAPTER_WEIGHTS: self._store.put_blob([weights])}
@@ -297,13 +334,9 @@ class ToyEngine:
     async def _reach(self, what: str) -> None:
         """Take time, and perhaps die before anything is changed."""
         self._die_perhaps(what)
-        self._in_flight += 1
-        try:
-            await asyncio.sleep(self._pause(what))
-            if self._hung_since is not None:
-                await self._ended.wait()
-        finally:
-            self._in_flight -= 1
+        await asyncio.sleep(self._pause(what))
+        if self._hangs:
+            await self._ended.wait()
         self._die_perhaps(what)
 
     def _die_perhaps(self, what: str) -> None:

@@ -106,9 +106,13 @@ class Driver:
             await self._publisher.settled()
 
     async def park(self) -> None:
-        """Keep what was done since the last snapshot, for a driver that has stopped."""
+        """Keep what was done since the last snapshot, for a driver that has stopped.
+
+        Not when it was stopped in the middle of an operation: the worker executes it all the same,
+        and what would be kept as the state before it may be the state after it.
+        """
         with suppress(WorkerDied, EngineError):
-            if self._placement.held and self._publisher.behind:
+            if self._placement.held and self._publisher.behind and self._state_is_known:
                 await self._publisher.snapshot()
         await self._publisher.settled()
 
@@ -133,17 +137,25 @@ class Driver:
     async def _catch_up(self) -> bool:
         """Bring the state of a run that has ended to where it had been, if it is not there."""
         order = self._run.order
+        if not self._state_is_known:  # a defect was met in the middle of an operation
+            self._placement.forget()
         if not await self._recovery.attach() and not await self._recovery.attach():
             return False
         while order.position < order.reached:
             entry = order[order.position + 1]
             await self._recovery.apply_late_marks()
+            order.begin(entry.seq)
             await self._recovery.redo(entry)
             if self._recovery.given_up:
                 return False
             self._passed(entry)
         await self._recovery.apply_late_marks()
         return True
+
+    @property
+    def _state_is_known(self) -> bool:
+        """Whether what a worker holds is the state of the position."""
+        return self._run.order.under_way is None
 
     @property
     def diverged(self) -> bool:

@@ -123,6 +123,14 @@ class Order:
         return self._reached
 
     @property
+    def under_way(self) -> int | None:
+        """The number whose effect was begun, and is not known to be complete.
+
+        The training state may be that of this number already, and not of the position.
+        """
+        return self._under_way
+
+    @property
     def replays_from_start(self) -> bool:
         """Whether every operation from number 0 can be replayed."""
         return self._floor < 0

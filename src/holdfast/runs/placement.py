@@ -107,6 +107,10 @@ class Placement:
         if self.held_in(host, life):
             self._life = None
 
+    def forget(self) -> None:
+        """What the worker holds is not known: the state has to be restored, there or elsewhere."""
+        self._life = None
+
     async def drop(self) -> None:
         """Take the state out of the worker's memory."""
         if self.held:
