@@ -205,6 +205,18 @@ def test_damage_is_named_and_does_not_keep_the_rest(
     assert good.key is not None
 
 
+def test_a_damaged_manifest_is_told_once_with_its_checkpoint(data_dir: Path, store: Store) -> None:
+    manifest = add_checkpoint(store)
+    path = data_dir / "store" / "manifests" / manifest.id
+    path.write_bytes(path.read_bytes()[:-1])
+    add_checkpoint(store, name="whole")
+    found = [p for p in examined(status=1)["problems"] if p["code"] == "corrupt_manifest"]
+    (problem,) = found
+    assert f"checkpoint {manifest.key}" in problem["message"]
+    assert str(path) in problem["message"]
+    assert "delete the checkpoint" in problem["message"]
+
+
 def test_what_is_left_over_is_counted(data_dir: Path, store: Store) -> None:
     manifest = add_checkpoint(store)
     examined("--repair", status=0)

@@ -72,7 +72,8 @@ def test_a_damaged_checkpoint_does_not_keep_the_others_from_being_verified(
     }
     assert str(manifest) in told[paths[0]]["message"]
     assert str(blob) in told[f"tinker://{flipped.key}"]["message"]
-    assert all(path in problem["message"] for path, problem in told.items())
+    assert all(path[9:] in problem["message"] for path, problem in told.items())
+    assert paths[0] in fails("checkpoint", "export", paths[0], data_dir / "x.tar")
     lines = holdfast("checkpoint", "verify", *paths).stderr.splitlines()
     assert lines[0].endswith("read: 2 problems")
     assert [line.partition(paths[0])[0] for line in lines[1:2]] == ["Error: "]

@@ -114,7 +114,7 @@ def _checked(report: VerifyReport) -> dict[str, int]:
 
 def _problem(error: StoreError, path: CheckpointPath | None = None) -> dict[str, str | None]:
     text = str(error)
-    if path is not None and str(path) not in text:
+    if path is not None and f"{path.run_id}/{path.kind}/{path.name}" not in text:
         text = f"{path}: {text}"
     return {"code": error.code, "message": text, "path": None if path is None else str(path)}
 
@@ -146,6 +146,7 @@ def export(
     with (
         offline_errors(),
         open_data_store(data_dir, store) as opened,
+        _naming(path),
         opened.pin(_find(opened, path)) as manifest,
     ):
         if target.suffix == ".tar":
@@ -168,6 +169,17 @@ def export(
         )
     else:
         say(f"{path} is in {target} ({size(manifest.size)})")
+
+
+@contextmanager
+def _naming(path: CheckpointPath) -> Iterator[None]:
+    """Say of which checkpoint something is damaged."""
+    from holdfast.store import StoreError
+
+    try:
+        yield
+    except StoreError as error:
+        raise click.ClickException(str(_problem(error, path)["message"])) from error
 
 
 def _write(path: Path, pieces: Iterator[bytes], total: int, title: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from holdfast.store.base import Progress, VerifyReport
 from holdfast.store.disk import Disk
 from holdfast.store.errors import (
+    CorruptManifest,
     CorruptName,
     MissingBlob,
     MissingManifest,
@@ -38,6 +39,7 @@ class Audit:
         """Bytes to be read, for the progress."""
         self._read: dict[str, Blob] = {}
         self._problems: list[StoreError] = []
+        self._told: set[str] = set()
         self.manifests = 0
 
     def report(self) -> VerifyReport:
@@ -46,19 +48,36 @@ class Audit:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """An error in here is noted."""
+        """An error in here is noted, once."""
         try:
             yield
         except StoreError as error:
-            self._problems.append(error)
+            if str(error) not in self._told:
+                self._problems.append(error)
+            self._told.add(str(error))
 
     def check_name(
-        self, path: str, record: NameRecord, manifest: Manifest | None, still: Still
+        self,
+        path: str,
+        record: NameRecord,
+        read: Callable[[str], Manifest | None],
+        still: Still,
     ) -> None:
-        """Whether a name record agrees with the manifest it points to."""
+        """Whether a name record agrees with the manifest it points to, as `read` by its id."""
+        try:
+            manifest = read(record.manifest)
+        except CorruptManifest as error:
+            self._told.add(str(error))  # it is met again among the manifests, without a name
+            raise CorruptManifest(
+                f"checkpoint {record.key}: {error}; put that file back from a copy, or delete "
+                "the checkpoint",
+                error.path,
+            ) from error
         if manifest is None:
             if still():
-                raise MissingManifest(f"{path} points to {record.manifest}, which is missing")
+                raise MissingManifest(
+                    f"checkpoint {record.key}: {path} points to {record.manifest}, which is missing"
+                )
         elif manifest.key != record.key or manifest.expires != record.expires:
             raise CorruptName(f"{path} does not agree with the manifest it points to", path)
 
@@ -146,9 +165,12 @@ def verify_all(disk: Disk, progress: Progress | None) -> VerifyReport:
 def _check_name(audit: Audit, disk: Disk, entry: str) -> None:
     record = disk.read_record(entry)
     if record is not None:
-        manifest = disk.read_manifest("manifests", record.manifest)
-        path = disk.path("names", entry)
-        audit.check_name(path, record, manifest, lambda: disk.read_record(entry) == record)
+        audit.check_name(
+            disk.path("names", entry),
+            record,
+            lambda manifest_id: disk.read_manifest("manifests", manifest_id),
+            lambda: disk.read_record(entry) == record,
+        )
 
 
 def _check_blobs(audit: Audit, disk: Disk, manifest: Manifest, manifest_id: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from holdfast.store.copies import Copy, read_into, stream
+from holdfast.store.copies import Copy, read, read_into, stream
 from holdfast.store.errors import (
     CorruptBlob,
     InvalidValue,
@@ -111,9 +111,7 @@ class Store(ABC):
         `what` names it in errors, e.g. "adapter_model.safetensors of run/weights/final". Raises
         MissingBlob, or CorruptBlob when size or hash differ.
         """
-        buffer = bytearray(blob.size)
-        read_into(self._copies(blob, what), blob, memoryview(buffer), what)
-        return bytes(buffer)
+        return read(self._copies(blob, what), blob, what)
 
     def read_blob_into(self, blob: Blob, buffer: memoryview, *, what: str) -> None:
         """`read_blob` into a writable buffer of exactly the blob's size.

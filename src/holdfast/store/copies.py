@@ -25,8 +25,20 @@ T = TypeVar("T")
 _log = structlog.get_logger("holdfast.store")
 
 
+def read(copies: Sequence[Copy], blob: Blob, what: str) -> bytes:
+    """The first copy that is whole. Raises MissingBlob or CorruptBlob."""
+
+    def fill(file: ReadFile, path: str) -> bytearray:
+        # Not before the file's size is known to be right: the blob's may be anybody's claim.
+        buffer = bytearray(blob.size)
+        read_verified(file, blob, memoryview(buffer), what, path)
+        return buffer
+
+    return bytes(_first_whole(copies, fill)[0])
+
+
 def read_into(copies: Sequence[Copy], blob: Blob, buffer: memoryview, what: str) -> None:
-    """Fill `buffer` from the first copy that is whole. Raises MissingBlob or CorruptBlob."""
+    """`read` into a buffer of the blob's size."""
     _first_whole(copies, lambda file, path: read_verified(file, blob, buffer, what, path))
 
 

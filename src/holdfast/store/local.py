@@ -155,7 +155,7 @@ class LocalStore(Store):
         read that it breaks off raises MissingBlob.
         """
         try:
-            with storage_errors("pinning"):
+            with storage_errors(f"pinning in {path}"):
                 return self._files.create(path)
         except ReadOnly:
             return None

@@ -133,7 +133,10 @@ class Manifest:
     pending_forward_backwards: int = 0
     incomplete: Incomplete | None = None
     parent: str | None = None
-    """Id of the manifest that this one was copied, forked or amended from."""
+    """Id of the manifest that the state was copied, imported, or loaded from to go on with it.
+
+    Changing a checkpoint's expiry, metadata or visibility leaves this as it was.
+    """
     expires: float | None = None
     """Seconds since 1970, UTC; None: never."""
     public: bool = False

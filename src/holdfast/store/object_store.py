@@ -348,16 +348,18 @@ class ObjectStore(Store):
         record = entry.whole().record
         if record is None:
             return
-        try:
-            manifest = self.read_manifest(record.manifest)
-        except MissingManifest:
-            manifest = None
+
+        def read(manifest_id: str) -> Manifest | None:
+            try:
+                return self.read_manifest(manifest_id)
+            except MissingManifest:
+                return None
 
         def still() -> bool:
             found = self._bucket.name(record.key)
             return found is not None and found.whole().record == record
 
-        audit.check_name(self._bucket.path(entry.key), record, manifest, still)
+        audit.check_name(self._bucket.path(entry.key), record, read, still)
 
     def _verify_manifests(self, audit: Audit, entries: Iterable[Entry[ManifestCell]]) -> None:
         counted = set()
