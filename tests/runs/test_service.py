@@ -10,9 +10,11 @@ that Hypothesis chooses too.
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +35,7 @@ from holdfast.engine.interface import ADAPTER_WEIGHTS, OPTIMIZER_STATE, LoraConf
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Body, CreateFromState, Load, OptimStep, Save, SaveSampler
 from holdfast.runs.engines import HUNG_AFTER
-from holdfast.runs.errors import RunError
+from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import REFUSAL_REACHES
 from holdfast.runs.run import Run
@@ -130,8 +132,13 @@ class Clients(RuleBasedStateMachine):
         self._add_run(run, session, bodies.Create.of(config))
 
     @precondition(lambda self: self.sessions and len(self.all) < 5 and self._stable())
-    @rule(pick=numbers, optimizer=st.booleans(), exists=st.sampled_from([True, True, False]))
-    def create_from_state(self, pick: int, optimizer: bool, exists: bool) -> None:
+    @rule(
+        pick=numbers,
+        optimizer=st.booleans(),
+        exists=st.sampled_from([True, True, False]),
+        beside=st.integers(0, 4),
+    )
+    def create_from_state(self, pick: int, optimizer: bool, exists: bool, beside: int) -> None:
         session = self.sessions[pick % len(self.sessions)]
         stable = self._stable()
         key = stable[pick % len(stable)]
@@ -147,6 +154,7 @@ class Clients(RuleBasedStateMachine):
         model = self._add_run(run, session, body)
         if not exists or key.kind != "weights":
             model.ending = "creation_failed"
+            self._do_beside(model, beside, pick, _nothing)
 
     def _add_run(self, run: Run, session: Session, body: Body) -> ModelRun:
         model = ModelRun(run.key.id, session.client, self.names)
@@ -430,29 +438,40 @@ class Clients(RuleBasedStateMachine):
     # --- Ends --------------------------------------------------------------------------------
 
     @precondition(lambda self: self._open() and len(self.all) > 1)
-    @rule(pick=numbers)
-    def unload(self, pick: int) -> None:
+    @rule(pick=numbers, beside=st.integers(0, 4))
+    def unload(self, pick: int, beside: int) -> None:
         run = self._pick(pick)
         if self._uncertain_readers(run):
             return
         run.ending = "model_unloaded"
         kills = self._world.kills
-        self._do(lambda: self._world.runs.unload(run.id, OWNER))
+        self._do_beside(run, beside, pick, partial(self._unload, run))
         run.murky = self._world.kills > kills
 
+    async def _unload(self, run: ModelRun) -> None:
+        await self._world.runs.unload(run.id, OWNER)
+
     @precondition(lambda self: len(self.sessions) > 1)
-    @rule(pick=numbers)
-    def end_session(self, pick: int) -> None:
+    @rule(pick=numbers, beside=st.integers(0, 4))
+    def end_session(self, pick: int, beside: int) -> None:
         session = self.sessions[pick % len(self.sessions)]
         mine = [run for run in self.all if run.id.startswith(session.id)]
         if any(self._uncertain_readers(run) for run in mine):
             return
         self.sessions.remove(session)
+        open_ = [run for run in mine if run.ending is None]
         for run in mine:
             run.ending = run.ending or "session_ended"
         kills = self._world.kills
         self.ended_at[session.id] = self._now
-        self._do(lambda: self._world.runs.end_session(session.id, "success"))
+
+        async def end() -> None:
+            await self._world.runs.end_session(session.id, "success")
+
+        if open_:
+            self._do_beside(open_[pick % len(open_)], beside, pick, end)
+        else:
+            self._do(end)
         self._world.let(1.0)
         for run in mine:
             run.murky = run.murky or self._world.kills > kills
@@ -658,17 +677,57 @@ class Clients(RuleBasedStateMachine):
         assert self._send(run, op) == op.request_id
         self._enter(run, op, started)
 
+    def _do_beside(
+        self, run: ModelRun, count: int, x: int, call: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Send requests while something happens that ends the run. What it takes has an outcome."""
+        sent = []
+        for seq in range(run.highest + 1, run.highest + 1 + count):
+            request_id = self._request_id(run, seq)
+            sent.append(Op(seq, bodies.FORWARD_BACKWARD, batch(x + seq), request_id=request_id))
+        accepted = set()
+
+        async def send(op: Op) -> None:
+            assert isinstance(op.body, bytes)
+            while op.seq not in accepted:
+                try:
+                    live = await self._world.runs.live(run.id, OWNER)
+                    assert await live.submit(op.seq, op.kind, op.body) == op.request_id
+                    accepted.add(op.seq)
+                except Unavailable:
+                    await asyncio.sleep(0.1)
+                except RunError as error:
+                    assert error.code in (run.ending, "model_unloaded", "model_failed")
+                    return
+
+        async def both() -> None:
+            sending = [asyncio.create_task(send(op)) for op in sent]
+            try:
+                await call()
+            finally:
+                await asyncio.gather(*sending)
+
+        started = self._now
+        self._do(both)
+        for op in sent:
+            # One that was taken when the server was killed was perhaps not answered.
+            if op.seq in accepted or self._in_journal(run, op.seq) is not None:
+                self._enter(run, op, started)
+
+    def _in_journal(self, run: ModelRun, seq: int) -> sa.Row[Any] | None:
+        with self._world.catalog._engine.connect() as connection:
+            return connection.execute(
+                sa.select(operations.c.mark_at).where(
+                    (operations.c.run_id == run.id) & (operations.c.seq == seq)
+                )
+            ).one_or_none()
+
     def _enter(self, run: ModelRun, op: Op, started: float) -> None:
         """Tell the model of a number; ask the journal whether one that was missing came late."""
         gone = run.skipped(op.seq)
         waited = started - run.following[op.seq] if op.seq in run.following else 0.0
         sure = not gone and waited < run.lease(op.seq) - 1
-        with self._world.catalog._engine.connect() as connection:
-            row = connection.execute(
-                sa.select(operations.c.mark_at).where(
-                    (operations.c.run_id == run.id) & (operations.c.seq == op.seq)
-                )
-            ).one_or_none()
+        row = self._in_journal(run, op.seq)
         assert row is not None, f"{op} was answered and is not in the journal"
         if row.mark_at is None:
             assert not gone, f"{op} had been skipped, and was taken all the same"
@@ -679,6 +738,10 @@ class Clients(RuleBasedStateMachine):
                 op.refusal = "arrived_late"
             run.following.pop(op.seq, None)
             run.came_late(op, row.mark_at)
+
+
+async def _nothing() -> None:
+    """The run ends by itself."""
 
 
 def _without_wording(state: ToyState) -> tuple[Any, ...]:
