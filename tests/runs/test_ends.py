@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from holdfast.catalog.tables import operations
-from holdfast.runs import bodies
-from holdfast.runs.bodies import CreateFromState
+from holdfast.catalog.tables import operations, sessions, snapshots
+from holdfast.runs import bodies, journal
+from holdfast.runs.bodies import CreateFromState, Save
+from holdfast.runs.driver import Driver
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Outcome
+from holdfast.runs.publishing import Publisher
+from holdfast.runs.service import RunRecord
+from holdfast.runs.sessions import Sessions
+from holdfast.store import LocalStore, Unavailable
 
-from .test_service import OWNER, Clients
+from .test_service import OWNER, Clients, steps
 from .toy import NAME, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -153,3 +159,262 @@ def test_a_run_that_is_created_while_its_session_ends_ends_with_it(clients: Clie
 
     assert clients._do(states) <= {"unloaded"}
     assert unsettled(clients) == []
+
+
+# --- Defects --------------------------------------------------------------------------------
+
+
+def train(clients: Clients, count: int = 3) -> None:
+    for x in range(count):
+        clients._submit(clients.all[0], bodies.FORWARD_BACKWARD, batch(x))
+        clients._submit(clients.all[0], bodies.OPTIM_STEP, steps())
+    clients.all_end()
+
+
+def state_of(clients: Clients) -> str:
+    record = clients._do(lambda: clients._world.runs.record(clients.all[0].id, OWNER))
+    assert isinstance(record, RunRecord)
+    return record.state
+
+
+def count(clients: Clients, table: sa.Table) -> int:
+    with clients._world.catalog._engine.connect() as connection:
+        return connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+
+
+def last_states(clients: Clients) -> list[int]:
+    """The positions of a run's states that were kept at its end."""
+    found = [key.name for key, _ in clients._world.store.names()]
+    return [int(name.removeprefix("auto.")) for name in found if name.startswith("auto.")]
+
+
+def test_an_outcome_that_cannot_be_recorded_ends_the_run_and_leaves_nobody_waiting(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(clients)
+    clients._world.let(15.0)  # a snapshot
+    run = clients.all[0]
+    left = [4]
+
+    def settle(*args: Any, **others: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ValueError("a defect in settling")
+        honest(*args, **others)
+
+    honest = journal.settle
+    monkeypatch.setattr(journal, "settle", settle)
+    clients._submit(run, bodies.FORWARD_BACKWARD, batch(9))
+    clients._submit(run, bodies.OPTIM_STEP, steps())
+    for seq in (7, 8):
+        outcome, _ = clients._poll(run.ops[seq], 60.0)
+        assert outcome is not None and outcome.failure is not None
+        assert outcome.failure.code == "internal_error"
+    clients._world.let(100.0)
+    assert unsettled(clients) == []
+    assert state_of(clients) == "unloaded"
+    assert last_states(clients) == [6]  # not what followed, which was answered as failed
+    again, _ = clients._poll(run.ops[7], 60.0)
+    assert again is not None and again.failure is not None
+    assert again.failure.code == "internal_error"
+
+
+def test_no_snapshot_overtakes_an_outcome_that_cannot_be_recorded(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(clients)
+    clients._world.let(15.0)
+    run = clients.all[0]
+    honest = journal.settle
+
+    def settle(c: Any, segments: Any, key: Any, seq: int, outcome: Outcome, **others: Any) -> None:
+        if seq == 7 and outcome.failure is None:
+            raise ValueError("a defect in settling")
+        honest(c, segments, key, seq, outcome, **others)
+
+    monkeypatch.setattr(journal, "settle", settle)
+    monkeypatch.setattr(Publisher, "due", True)
+    clients._submit(run, bodies.FORWARD_BACKWARD, batch(9))
+    clients._world.let(100.0)
+    assert last_states(clients) == [6]
+
+
+@pytest.mark.parametrize("where", ["driver", "publishing"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_run_that_met_a_defect_is_over_and_its_last_state_kept(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, where: str, restart: bool
+) -> None:
+    train(clients)
+    run = clients.all[0]
+    met: list[Any] = []
+    honest = Driver.compute
+
+    async def compute(*args: Any) -> bytes:
+        if not met:
+            met.append(args)
+            raise ZeroDivisionError("a defect")
+        return await honest(*args)
+
+    async def finish_save(*_: Any) -> None:
+        raise ZeroDivisionError("a defect")
+
+    if where == "driver":
+        monkeypatch.setattr(Driver, "compute", compute)
+        clients._submit(run, bodies.FORWARD_BACKWARD, batch(1))
+    else:
+        monkeypatch.setattr(Publisher, "_finish_save", finish_save)
+        clients._submit(run, bodies.SAVE_WEIGHTS, Save("a"))
+    outcome, _ = clients._poll(run.ops[7], 60.0)
+    clients._world.let(10.0)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == "internal_error"
+    if restart:
+        clients.restart()
+    assert state_of(clients) == "unloaded"
+    assert last_states(clients) == ([6] if where == "driver" else [7])
+    run.interpret(6, clients._now)
+    (key,) = (key for key, _ in clients._world.store.names())
+    clients._check_state(key, run.history[6], optimizer=True)
+    with pytest.raises(RunError) as refused:
+        clients._submit(run, bodies.FORWARD_BACKWARD, batch(2))
+    assert refused.value.code == "model_unloaded"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "too many open files"),
+        sa.exc.TimeoutError("no connection is free"),
+        sa.exc.OperationalError("SELECT", {}, Exception("disk I/O error")),
+    ],
+)
+def test_a_catalog_that_cannot_be_read_for_a_while_delays_a_recovery(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    train(clients)
+    left = [5]
+
+    def entered(name: str) -> Callable[..., Any]:
+        honest = getattr(journal, name)
+
+        def query(*args: Any, **others: Any) -> Any:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise error
+            return honest(*args, **others)
+
+        return query
+
+    clients.kill_the_worker()
+    for name in ("recovery_points", "record", "body"):
+        monkeypatch.setattr(journal, name, entered(name))
+    clients._submit(clients.all[0], bodies.FORWARD_BACKWARD, batch(9))
+    clients.all_end()
+    assert left[0] < 0
+    clients._check_logs()
+
+
+# --- The last state -------------------------------------------------------------------------
+
+
+def end_without_a_worker(clients: Clients) -> None:
+    run, session = clients.all[0], clients.sessions.pop()
+    run.ending = "session_ended"
+    clients._world.deadly = frozenset(["restore", "capture"])
+    clients._world.kill_worker()
+    clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
+
+
+def test_the_newest_snapshot_is_the_last_state_that_no_worker_gives(clients: Clients) -> None:
+    train(clients)
+    clients._world.let(15.0)
+    end_without_a_worker(clients)
+    clients._world.let(400.0)
+    assert last_states(clients) == [6]
+    clients._check_checkpoints()
+    assert state_of(clients) == "unloaded"
+    assert count(clients, snapshots) == 0
+    assert list(clients._world.store.unnamed()) == []
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_last_state_that_the_store_does_not_take_is_kept_once_it_does(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, restart: bool
+) -> None:
+    train(clients)
+    clients._world.let(15.0)
+    with monkeypatch.context() as planted:
+        planted.setattr(LocalStore, "publish", full)
+        end_without_a_worker(clients)
+        clients._world.let(100.0)
+        assert state_of(clients) == "live"
+        if restart:
+            clients.restart()
+            clients._world.let(10.0)
+    clients._world.let(400.0)
+    assert last_states(clients) == [6]
+    assert state_of(clients) == "unloaded"
+
+
+def full(*_: Any) -> str:
+    raise Unavailable("No space left on device")
+
+
+def test_a_run_without_an_intact_snapshot_keeps_what_can_be_repaired(clients: Clients) -> None:
+    train(clients)
+    clients._world.let(15.0)
+    for path in clients._world.root.glob("store/blobs/**/*"):
+        if path.is_file():
+            path.chmod(0o600)
+            path.write_bytes(b"?" + path.read_bytes()[1:])
+    end_without_a_worker(clients)
+    clients._world.let(400.0)
+    assert last_states(clients) == []
+    assert state_of(clients) == "lost"
+    assert count(clients, snapshots) > 0
+
+
+# --- Housekeeping ---------------------------------------------------------------------------
+
+
+def sessions_open(clients: Clients) -> int:
+    with clients._world.catalog._engine.connect() as connection:
+        query = sa.select(sessions.c.id).where(sessions.c.ended.is_(None))
+        return len(connection.execute(query).all())
+
+
+def test_a_session_expires_though_its_end_was_refused_once(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Sessions.end
+    tried = []
+
+    async def end(self: Sessions, *args: Any) -> bool:
+        tried.append(args)
+        if len(tried) == 1:
+            clients._world.refuse_commits = 1
+        return await honest(self, *args)
+
+    monkeypatch.setattr(Sessions, "end", end)
+    clients._world.let(40 * 60)
+    assert len(tried) == 2
+    assert sessions_open(clients) == 0
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many open files"), ValueError()])
+def test_housekeeping_goes_on_after_an_error(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    left = [2]
+
+    def closed() -> dict[str, int]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        return honest()
+
+    honest = clients._world.segments.closed
+    monkeypatch.setattr(clients._world.segments, "closed", closed)
+    clients._world.let(40 * 60)
+    assert left[0] < 0
+    assert sessions_open(clients) == 0

@@ -31,7 +31,10 @@ _log = logging.getLogger("holdfast.catalog")
 
 
 class CatalogUnavailable(Exception):
-    """The database did not take a write (locked, disk full); nothing of it was stored."""
+    """The database did not take a write (locked, disk full), of which nothing was stored.
+
+    Or it cannot be read now (no file descriptor or connection is free, the disk does not answer).
+    """
 
 
 class SyncFailed(Exception):
@@ -90,13 +93,19 @@ class Catalog:
         return await future
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run `work` on a connection of its own, in a thread."""
+        """Run `work` on a connection of its own, in a thread.
+
+        Raises CatalogUnavailable when it cannot be read now.
+        """
         return await asyncio.to_thread(self.read_now, work)
 
     def read_now(self, work: Callable[[sa.Connection], T]) -> T:
         """`read` for callers without an event loop."""
-        with self._engine.connect() as connection:
-            return work(connection)
+        try:
+            with self._engine.connect() as connection:
+                return work(connection)
+        except (sa.exc.OperationalError, sa.exc.TimeoutError, OSError) as error:
+            raise CatalogUnavailable(f"the catalog cannot be read: {error}") from error
 
     def before_commit(self, call: Callable[[], None]) -> None:
         """Have the writer call this before each commit: what a row refers to is durable first.

@@ -245,6 +245,15 @@ class Checkpoints:
                     return key
         return None
 
+    async def intact(self, manifest_id: str) -> bool:
+        """Whether every byte of a manifest and its blobs is as it was written."""
+        try:
+            return (await self._call(self.store.verify, manifest_id)).ok
+        except RunError as error:
+            if error.reason == "unavailable":
+                raise
+            return False
+
     async def sweep(self) -> SweepReport:
         """Sweep the store, and take what has expired out of the index."""
         report = await self._call(self.store.sweep)

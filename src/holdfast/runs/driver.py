@@ -137,7 +137,7 @@ class Driver:
     async def _catch_up(self) -> bool:
         """Bring the state of a run that has ended to where it had been, if it is not there."""
         order = self._run.order
-        if not self._state_is_known:  # a defect was met in the middle of an operation
+        if not self._state_is_known:
             self._placement.forget()
         if not await self._recovery.attach() and not await self._recovery.attach():
             return False
@@ -154,8 +154,11 @@ class Driver:
 
     @property
     def _state_is_known(self) -> bool:
-        """Whether what a worker holds is the state of the position."""
-        return self._run.order.under_way is None
+        """Whether what a worker holds is the state of the position, for all that is known.
+
+        Not after a defect, which may have been met in the middle of an operation.
+        """
+        return self._run.order.under_way is None and not self._run.broken
 
     @property
     def diverged(self) -> bool:

@@ -173,6 +173,15 @@ def settle(
     connection.execute(_CHANGE, {**_this_one(key, seq), **values})
 
 
+def settle_rest(connection: Connection, key: RunKey, failure: Failure, *, now: float) -> None:
+    """Fail what has no outcome still: the run has ended."""
+    connection.execute(
+        operations.update()
+        .where(_of(key) & operations.c.settled.is_(None))
+        .values(state=State.FAILED.value, error=failure.as_json(), settled=now)
+    )
+
+
 def set_target(connection: Connection, key: RunKey, seq: int, manifest: str) -> None:
     """Fix what a load reads before it reads it, so that a replay reads the same."""
     connection.execute(_CHANGE, {**_this_one(key, seq), "target": manifest})

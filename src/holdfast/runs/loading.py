@@ -22,7 +22,7 @@ from holdfast.store import Manifest, NameKey
 async def resolve(run: Run, entry: Entry, body: Load | CreateFromState) -> tuple[str, Manifest]:
     """The manifest that a load reads, with its id: fixed by the load's first execution."""
     checkpoints = run.services.checkpoints
-    record = await run.services.catalog.read(lambda c: journal.record(c, run.key, entry.seq))
+    record = await run.read_patiently(lambda c: journal.record(c, run.key, entry.seq))
     if record.target is not None:
         return record.target, await checkpoints.manifest(record.target)
     if body.segment != "weights":

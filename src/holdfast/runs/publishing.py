@@ -183,7 +183,8 @@ class Publisher:
                 raise
             failpoints.reach("save.written")
             self._check_turn(entry.seq)
-            await run.recorded()  # never ahead of the results that lead to it
+            if not await run.recorded():  # never ahead of the results that lead to it
+                return
             now = time.time()
             manifest = self.manifest(
                 captured,
@@ -277,7 +278,8 @@ class Publisher:
             return
         self._snapshot_deaths = 0
         # Never ahead of the results that lead to it.
-        await run.recorded()
+        if not await run.recorded():
+            return
         kept: list[Kept] = []
         now = time.time()
         await run.write_patiently(
@@ -310,7 +312,8 @@ class Publisher:
     ) -> None:
         """Settle an operation and record a recovery point at its position, in one."""
         run = self._run
-        await run.recorded()  # the results that lead to it
+        if not await run.recorded():  # the results that lead to it
+            return
         kept: list[Kept] = []
         now = time.time()
 

@@ -94,12 +94,13 @@ class Recovery:
         # What was copied before its worker died may still become the newest snapshot.
         await self._publisher.settled()
         # A replay compares with the outcomes that are in the journal.
-        await run.recorded()
+        if not await run.recorded():
+            return False
         self._marked.clear()
         self.under_way = True
         run.note = "recovering"
         self._to = run.order.reached
-        points = await run.services.catalog.read(lambda c: journal.recovery_points(c, run.key))
+        points = await run.read_patiently(lambda c: journal.recovery_points(c, run.key))
         damaged: dict[int, str] = {}
         for seq, manifest_id in points:
             try:
@@ -152,7 +153,7 @@ class Recovery:
         changes = entry.kind in bodies.CHANGES_STATE
         if entry.state is State.SKIPPED or entry.late or not changes:
             return
-        record = await run.services.catalog.read(lambda c: journal.record(c, run.key, entry.seq))
+        record = await run.read_patiently(lambda c: journal.record(c, run.key, entry.seq))
         run.note = f"recovering, operation {entry.seq} of {self._to}"
         if entry.state is State.FAILED:
             await self._redo_failure(entry, record)
@@ -298,7 +299,8 @@ class Recovery:
         run = self._run
         self.given_up = True
         await self._publisher.settle_published()
-        intact = await run.services.checkpoints.newest_intact(run.key.id)
+        checkpoints = run.services.checkpoints
+        intact = await run.patiently(lambda: checkpoints.newest_intact(run.key.id))
         advice = (
             "none of its checkpoints is intact, if there are any"
             if intact is None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import Connection
@@ -102,6 +102,8 @@ class Run:
         """Set when the driver is to stop after the operation under way."""
         self.ending = False
         """Set besides when that is the run's end: what was begun is finished."""
+        self.broken = False
+        """The run has ended because of a defect of ours."""
         self.note: str | None = None
         """What the run is busy with, for those who wait: recovering, waiting for a number, …"""
         self.log = _log.bind(run=str(key))
@@ -114,6 +116,7 @@ class Run:
         self._read: set[int] = set()
         self._waiting: dict[int, asyncio.Event] = {}
         self._recording: dict[int, asyncio.Task[None]] = {}
+        self._unrecorded = False
         self._submitting = asyncio.Lock()
         self._driver: asyncio.Task[None] | None = None
 
@@ -377,9 +380,16 @@ class Run:
         try:
             await self.write_patiently(work)
         except Exception as error:  # a defect: whoever waits is told, also of this one
+            self._unrecorded = True
             self.broke("an outcome could not be recorded", error)
             assert self.ended is not None
             outcome = Outcome(outcome.kind, failure=self.ended)
+            with suppress(Exception):  # the run's end records what is unsettled then
+                await self.write_patiently(
+                    lambda c: journal.settle(
+                        c, self.services.segments, self.key, seq, outcome, now=now
+                    )
+                )
         failpoints.reach("outcome.recorded")
         self._recent.add(seq, outcome)
         self._recording.pop(seq, None)
@@ -395,10 +405,18 @@ class Run:
         """`patiently`, with this run's log."""
         return await patiently(call, self.log)
 
-    async def recorded(self) -> None:
-        """Wait until every outcome so far is durable."""
+    async def read_patiently(self, work: Callable[[Connection], T]) -> T:
+        """A catalog read that has to succeed: tried until the catalog can be read."""
+        return await self.patiently(lambda: self.services.catalog.read(work))
+
+    async def recorded(self) -> bool:
+        """Wait until every outcome so far is durable.
+
+        False when one could not be recorded: nothing that comes after it may be.
+        """
         if self._recording:
             await asyncio.wait(list(self._recording.values()))
+        return not self._unrecorded
 
     # --- For the driver ----------------------------------------------------------------------
 
@@ -407,7 +425,7 @@ class Run:
         body = self._bodies.get(seq)
         if body is not None:
             return body
-        return await self.services.catalog.read(
+        return await self.read_patiently(
             lambda c: journal.body(c, self.services.segments, self.key, seq)
         )
 
@@ -426,27 +444,19 @@ class Run:
 
     # --- Life --------------------------------------------------------------------------------
 
-    def start(self, drive: Callable[[], Awaitable[None]]) -> None:
+    def start(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Begin to execute what comes up."""
-
-        async def guarded() -> None:
-            try:
-                await drive()
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:
-                self.broke("the run's driver failed", error)
-
-        self._driver = asyncio.create_task(guarded(), name=f"run {self.key}")
+        self._driver = asyncio.create_task(drive(), name=f"run {self.key}")
 
     def broke(self, what: str, error: BaseException) -> None:
         """End the run because of a defect of ours, so that nobody waits for it."""
         self.log.error(what, exc_info=error)
+        self.broken = True
         self.end(
             Failure(
                 "internal_error",
                 "the server met a defect while it executed this run; its log has the details. "
-                "The run's checkpoints are not affected",
+                "The run's checkpoints are not affected, and what it has done is kept as one",
                 "server",
             )
         )

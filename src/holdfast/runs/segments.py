@@ -10,6 +10,7 @@ the file ends in. A process never writes to a segment of an earlier one.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterable
 from contextlib import suppress
@@ -27,6 +28,8 @@ VERSION = 1
 FULL = 16 << 20
 """Bytes from which on a segment takes no more records."""
 
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors that have their reason in this process or machine, not in a file."""
 _MAGIC = b"HFSEGMNT"
 _HEADER = struct.Struct("<8sI4x")
 _RECORD = struct.Struct("<Q32s")
@@ -104,13 +107,18 @@ class Segments:
                 segment.file.close()
 
     def read(self, place: Place, size: int) -> bytes:
-        """A verified record. Raises JournalDamaged; FileNotFoundError when the file is gone."""
+        """A verified record. Raises JournalDamaged; FileNotFoundError when the file is gone.
+
+        OSError when nothing can be read now, which says nothing about the file.
+        """
         path = self._path(place.segment)
         try:
             return self._read(path, place.start, size)
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno in _SHORTAGES:
+                raise
             raise JournalDamaged(path, f"cannot be read: {error.strerror}") from error
 
     def closed(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import operations, runs
 from holdfast.engine.interface import LoraConfig, RunConfig
-from holdfast.runs import bodies, contents, journal
+from holdfast.runs import bodies, contents, journal, last_state
 from holdfast.runs.bodies import Body, Create, CreateFromState
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.copies import Copies
@@ -314,14 +314,17 @@ class Runs:
         self._live[run.key.id] = live
 
         async def drive() -> None:
-            await driver.drive()
+            try:
+                await driver.drive()
+            except Exception as error:
+                run.broke("the run's driver failed", error)
             if run.ended is not None and not run.closing:
                 self._background(self._ended_by_itself(live))
 
         run.start(drive)
 
     async def _ended_by_itself(self, live: _Live) -> None:
-        """A run whose creation failed, or that could not be recovered."""
+        """A run whose creation failed, that could not be recovered, or that met a defect."""
         failed = live.run.ended is not None and live.run.ended.code == "creation_failed"
         assert live.run.ended is not None
         await self._finish(live, live.run.ended, "failed" if failed else "lost")
@@ -511,32 +514,44 @@ class Runs:
         run, driver = live.run, live.driver
         if not await run.finish(reason):
             return
-        kept = state != "lost"
-        if state == "unloaded":
-            try:
-                expires = time.time() + self.lifetimes.last_state
-                kept = await driver.keep_last_state(expires)
-            except Exception as error:
-                kept = False
-                run.log.warning("the last state was not kept", error=str(error))
+        assert run.ended is not None
+        if state == "unloaded" or (state == "lost" and run.broken):
+            state = "unloaded" if await self._keep_last_state(live) else "lost"
         await driver.drop()
+        ended, now = run.ended, time.time()
         values = {
             "state": state,
-            "state_detail": reason.message,
+            "state_detail": ended.message,
             "corrupted": driver.diverged,
         }
-        await run.write_patiently(
-            lambda c: c.execute(runs.update().where(_is(run.key)).values(values))
-        )
+
+        def end(connection: Connection) -> None:
+            journal.settle_rest(connection, run.key, ended, now=now)
+            connection.execute(runs.update().where(_is(run.key)).values(values))
+
+        await run.write_patiently(end)
         if self._live.get(run.key.id) is live:
             del self._live[run.key.id]
-        if not kept:  # whoever can repair it needs its snapshots
+        if state == "lost":  # whoever can repair it needs its snapshots
             return
-        points = await self.catalog.read(lambda c: journal.recovery_points(c, run.key))
-        now = time.time()
+        points = await run.read_patiently(lambda c: journal.recovery_points(c, run.key))
         await run.write_patiently(lambda c: journal.close(c, run.key, now=now))
         with suppress(RunError):
             await self.checkpoints.discard([manifest for _, manifest in points])
+
+    async def _keep_last_state(self, live: _Live) -> bool:
+        """Keep the state of a run that has ended: as a worker gives it, or its newest snapshot.
+
+        False when neither can be had.
+        """
+        run, driver = live.run, live.driver
+        expires = time.time() + self.lifetimes.last_state
+        try:
+            if await driver.keep_last_state(expires):
+                return True
+        except Exception as error:
+            run.log.warning("no worker gives the last state", error=str(error))
+        return not driver.diverged and await last_state.keep_recovery_point(run, expires)
 
     async def _housekeeping(self) -> None:
         while True:
@@ -549,14 +564,16 @@ class Runs:
                 self.sessions.forgive(asleep)
             for session_id in self.sessions.silent():
                 _log.info("session expired", session=session_id)
-                with suppress(CatalogUnavailable):
-                    await self.end_session(session_id, "expired")
+                await _tried("a session was not ended", self.end_session(session_id, "expired"))
             for live in list(self._live.values()):
-                await live.run.note_read()
-            before = time.time() - self.lifetimes.results_after_read
-            with suppress(CatalogUnavailable):
-                await self.catalog.write(partial(journal.expire, read_before=before))
-                await self._remove_segments()
+                await _tried("results that were read are not noted", live.run.note_read())
+            await _tried("nothing was removed from the journal", self._tidy())
+
+    async def _tidy(self) -> None:
+        """Remove what nobody needs any more from the journal."""
+        before = time.time() - self.lifetimes.results_after_read
+        await self.catalog.write(partial(journal.expire, read_before=before))
+        await self._remove_segments()
 
     async def _remove_segments(self) -> None:
         segments = self._services.segments
@@ -666,6 +683,16 @@ class Runs:
             )
 
         return await self.catalog.read(query)
+
+
+async def _tried(what: str, work: Awaitable[None]) -> None:
+    """Do something that comes again: an error ends neither what follows nor the next time."""
+    try:
+        await work
+    except (CatalogUnavailable, OSError) as error:
+        _log.warning(what, error=str(error))
+    except Exception:
+        _log.exception(f"{what}: a defect")
 
 
 @dataclass(frozen=True, slots=True)
