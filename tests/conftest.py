@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.s3 import S3Server, s3_server
+
+# Read when torch is first imported. Tests share the processors with each other and with servers:
+# as in a worker, a compute thread that waits must not keep others from running.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Turns:
         following = next((w for w in self._waiting if w.urgent(now)), None)
         if following is None and self._waiting:
             if after_wanted:
-                asyncio.get_running_loop().call_later(COURTESY, self._offer)
+                self._waiting[0].ready.get_loop().call_later(COURTESY, self._offer)
                 return
             following = self._waiting[0]
         if following is not None:
