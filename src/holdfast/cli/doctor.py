@@ -11,7 +11,7 @@ import click
 
 from holdfast.cli.offline import offline_errors
 from holdfast.cli.options import data_dir, store
-from holdfast.cli.output import as_json, count, print_facts, print_json, say, size, working
+from holdfast.cli.output import as_json, bytes_progress, count, print_facts, print_json, say, size
 
 if TYPE_CHECKING:
     from holdfast.runs.doctor import Diagnosis, Repaired
@@ -40,12 +40,12 @@ def command(repair: bool, data_dir: Path, store: str | None, as_json: bool) -> N
         (existing if repair else looked_at)(directory, store) as opened,
         exclusive(directory) if repair else nullcontext(),
     ):
-        with working("reading everything in the store"):
-            found = asyncio.run(doctor.examine(opened.store, opened.catalog))
+        with bytes_progress("reading everything in the store", None) as show:
+            found = asyncio.run(doctor.examine(opened.store, opened.catalog, progress=show))
         if repair and found.repairable:
             repaired = asyncio.run(doctor.repair(opened.store, opened.catalog))
-            with working("looking again"):
-                found = asyncio.run(doctor.examine(opened.store, opened.catalog))
+            with bytes_progress("looking again", None) as show:
+                found = asyncio.run(doctor.examine(opened.store, opened.catalog, progress=show))
     if as_json:
         print_json(_document(found, repaired))
     else:

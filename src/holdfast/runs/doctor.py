@@ -19,6 +19,7 @@ from holdfast.catalog.tables import runs, snapshots
 from holdfast.runs import stored
 from holdfast.runs.checkpoints import Checkpoints, Differences
 from holdfast.store import Manifest, MissingManifest, NameKey, Store, StoreError
+from holdfast.store.base import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,10 @@ class Repaired:
     """States of lost runs, which can be resumed from these names."""
 
 
-async def examine(store: Store, catalog: Catalog) -> Diagnosis:
+async def examine(store: Store, catalog: Catalog, *, progress: Progress | None = None) -> Diagnosis:
     """Read everything. Beside a running server, what it changes meanwhile may show as well."""
     differences = await Checkpoints(store, catalog).differences()
-    report = await asyncio.to_thread(store.verify)
+    report = await asyncio.to_thread(store.verify, progress=progress)
     reached = await asyncio.to_thread(_reach, store)
     used = {b.hash: b.size for m in reached.all.values() for b in m.files.values()}
     return Diagnosis(
