@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -265,14 +265,50 @@ class Journaled:
     """Failed because the run's end, which was not completed, came before its turn."""
 
 
-def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Journaled]:
-    """The operations that matter after position `above`, in order.
+@dataclass(slots=True)
+class Resumed:
+    """A run as a restarted server finds it."""
 
-    Before it: unsettled ones, skipped ones, and late ones whose mark takes effect there.
-    """
+    floor: int = -1
+    """The position up to which nothing is replayed any more: its bodies are gone. That of the older
+    recovery point; -1 while there is none older than the run's beginning."""
+    position: int = -1
+    """That of the newest recovery point."""
+    operations: list[Journaled] = field(default_factory=list)
+    """Those that matter after the floor, in order. Before it: unsettled ones, skipped ones, and
+    late ones whose mark takes effect there."""
+
+
+def live_runs(connection: Connection) -> dict[RunKey, Resumed]:
+    """Every run that has not ended: in two queries, however many there are."""
+    mine = (snapshots.c.run_id == runs.c.id) & (snapshots.c.generation == runs.c.generation)
+    begins = sa.exists().where(
+        (contents.c.run_id == runs.c.id)
+        & (contents.c.generation == runs.c.generation)
+        & (contents.c.seq == 0)
+        & (contents.c.part == "body")
+    )
+    oldest = sa.select(sa.func.min(snapshots.c.seq)).where(mine).scalar_subquery()
+    newest = sa.select(sa.func.max(snapshots.c.seq)).where(mine).scalar_subquery()
+    live = (
+        sa.select(
+            runs.c.id,
+            runs.c.generation,
+            sa.case((begins, -1), else_=sa.func.coalesce(oldest, -1)).label("floor"),
+            sa.func.coalesce(newest, -1).label("position"),
+        )
+        .where(runs.c.state == "live")
+        .cte("live")
+    )
+    found = {
+        RunKey(row.id, row.generation): Resumed(row.floor, row.position)
+        for row in connection.execute(sa.select(live))
+    }
     final = [State.DONE.value, State.FAILED.value]
     rows = connection.execute(
         sa.select(
+            operations.c.run_id,
+            operations.c.generation,
             operations.c.seq,
             operations.c.kind,
             operations.c.body_hash,
@@ -280,34 +316,36 @@ def entries(connection: Connection, key: RunKey, *, above: int) -> Iterable[Jour
             operations.c.mark_at,
             operations.c.accepted,
             operations.c.attempts,
-            operations.c.error,
+            sa.case((operations.c.state == State.FAILED.value, operations.c.error)),
+        )
+        .join(
+            live,
+            (operations.c.run_id == live.c.id) & (operations.c.generation == live.c.generation),
         )
         .where(
-            _of(key)
-            & (
-                (operations.c.seq > above)
-                | operations.c.state.not_in(final)
-                | (operations.c.mark_at >= above)
+            (operations.c.seq > live.c.floor)
+            | operations.c.state.not_in(final)
+            | (operations.c.mark_at >= live.c.floor)
+        )
+        .order_by(operations.c.run_id, operations.c.generation, operations.c.seq)
+    )
+    for id, generation, seq, kind, body_hash, state, mark_at, accepted, attempts, error in rows:
+        found[RunKey(id, generation)].operations.append(
+            Journaled(
+                Entry(
+                    seq,
+                    kind,
+                    body_hash,
+                    State(state),
+                    attempts=attempts,
+                    late=mark_at is not None,
+                ),
+                mark_at,
+                accepted,
+                overtaken=error is not None and error["code"] in ENDS,
             )
         )
-        .order_by(operations.c.seq)
-    )
-    return [
-        Journaled(
-            Entry(
-                r.seq,
-                r.kind,
-                r.body_hash,
-                State(r.state),
-                attempts=r.attempts,
-                late=r.mark_at is not None,
-            ),
-            r.mark_at,
-            r.accepted,
-            overtaken=r.error is not None and r.error["code"] in ENDS,
-        )
-        for r in rows
-    ]
+    return found
 
 
 def set_config(
@@ -411,18 +449,6 @@ def drop_snapshots(connection: Connection, key: RunKey, seqs: Iterable[int]) -> 
     """Forget recovery points that cannot be read, so that they displace none that can."""
     mine = (snapshots.c.run_id == key.id) & (snapshots.c.generation == key.generation)
     connection.execute(snapshots.delete().where(mine & snapshots.c.seq.in_(list(seqs))))
-
-
-def floor(connection: Connection, key: RunKey) -> int:
-    """The position up to which nothing is replayed any more: its bodies are gone.
-
-    That of the older recovery point; -1 while there is none older than the run's beginning.
-    """
-    points = recovery_points(connection, key)
-    first = connection.scalar(
-        sa.select(contents.c.size).where(_bodies(key) & (contents.c.seq == 0))
-    )
-    return points[-1][0] if points and first is None else -1
 
 
 def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: float) -> None:

@@ -25,7 +25,7 @@ from holdfast.runs.copies import Copies
 from holdfast.runs.driver import Driver, Standing
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable, not_found
-from holdfast.runs.journal import Failure, Outcome, RunKey
+from holdfast.runs.journal import Failure, Outcome, Resumed, RunKey
 from holdfast.runs.order import Order, State
 from holdfast.runs.run import Run, RunInfo, Services, patiently
 from holdfast.runs.samplers import Samplers
@@ -129,14 +129,14 @@ class Runs:
         """Take up the runs of sessions that have not ended."""
         await self.checkpoints.reconcile()
         await self.checkpoints.discard_orphans()
-        for session in await self.sessions.open():
-            for record in await self._records(runs.c.session_id == session.id):
-                if record.state == "live":
-                    await self._take_up(session, record)
-        for session in await self.sessions.half_ended():
-            for record in await self._records(runs.c.session_id == session.id):
-                if record.state == "live":
-                    await self._take_up(session, record)
+        half_ended = await self.sessions.half_ended()
+        sessions = {s.id: s for s in [*await self.sessions.open(), *half_ended]}
+        found = await self.catalog.read(journal.live_runs)
+        for record in await self._records(runs.c.state == "live"):
+            session = sessions.get(record.session_id)
+            if session is not None:
+                self._take_up(session, record, found[record.key])
+        for session in half_ended:
             self._background(self._close_session(session.id, session.end_reason or "unknown"))
         self._background(self._housekeeping())
         self._background(self._sweeping())
@@ -329,24 +329,20 @@ class Runs:
         assert live.run.ended is not None
         await self._finish(live, live.run.ended, "failed" if failed else "lost")
 
-    async def _take_up(self, session: Session, record: RunRecord) -> None:
-        key = record.key
-        points = await self.catalog.read(lambda c: journal.recovery_points(c, key))
-        floor = await self.catalog.read(lambda c: journal.floor(c, key))
+    def _take_up(self, session: Session, record: RunRecord, found: Resumed) -> None:
         order = Order(
             elixir=session.client == ELIXIR,
-            floor=floor,
-            position=points[0][0] if points else -1,
+            floor=found.floor,
+            position=found.position,
             refused_to=record.refused_to,
         )
-        found = list(await self.catalog.read(lambda c: journal.entries(c, key, above=floor)))
-        order.read_back((item.entry for item in found), {x.entry.seq for x in found if x.overtaken})
-        for item in sorted(found, key=lambda item: item.accepted):  # the first mark stays
+        items = found.operations
+        order.read_back((item.entry for item in items), {x.entry.seq for x in items if x.overtaken})
+        for item in sorted(items, key=lambda item: item.accepted):  # the first mark stays
             if item.mark_at is not None and item.entry.kind == bodies.FORWARD_BACKWARD:
                 order.add_late_mark(item.entry.seq, item.mark_at)
         info = RunInfo(record.session_id, record.owner, record.config, record.user_metadata)
-        run = Run(key, info, self._services, order)
-        self._start(run)
+        self._start(Run(record.key, info, self._services, order))
 
     # --- Runs --------------------------------------------------------------------------------
 
