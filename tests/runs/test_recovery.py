@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog.tables import operations, snapshots
-from holdfast.engine.interface import ADAPTER_WEIGHTS
+from holdfast.engine.interface import ADAPTER_WEIGHTS, EngineError
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
-from holdfast.runs.driver import Driver
+from holdfast.runs.driver import MOST_STALLED, Driver
 from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.order import Entry, State
@@ -22,7 +25,7 @@ from holdfast.store import DiskFull, Manifest, NameKey
 
 from .model import Op
 from .test_service import OWNER, Clients, steps
-from .toy import NAME, batch
+from .toy import NAME, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
@@ -552,3 +555,69 @@ def test_the_run_whose_client_waits_is_recovered_first(
     monkeypatch.setattr(Publisher, "due", False)
     order = recovered(clients, asking)
     assert len(order) == 2 and order[0] == clients.all[asking].id
+
+
+# --- Memory that is short during a replay ---------------------------------------------------
+
+
+def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, method: str, times: int) -> list[float]:
+    """Let so many calls of every worker fail for want of memory; fills in when they did."""
+    honest = getattr(ToyEngine, method)
+    failed: list[float] = []
+
+    async def call(engine: ToyEngine, run: str, *args: Any) -> Any:
+        if len(failed) == times:
+            return await honest(engine, run, *args)
+        failed.append(engine.clock())
+        state = engine.states[run]
+        engine.states[run] = state.marked(1, "x") if "forward" in method else state.cleared()
+        raise EngineError("out_of_memory", "it ran out of memory", "server")
+
+    monkeypatch.setattr(ToyEngine, method, call)
+    return failed
+
+
+@pytest.mark.parametrize("method", [FORWARD_BACKWARD, OPTIM_STEP])
+def test_a_replay_that_runs_out_of_memory_is_begun_again(
+    clients: Clients, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    for x in range(3):
+        train(clients, x)
+    clients.all_end()
+    clients._world.kill_worker()
+    failed = run_out_of_memory(monkeypatch, method, 4)
+    train(clients, 3)
+    (run,) = clients.all
+    outcome, note = clients._poll(run.ops[run.highest], 3.0)
+    assert outcome is None
+    assert note is not None and "tried again" in note and "ran out of memory" in note
+    check_all(clients)
+    assert len(failed) == 4 and min(b - a for a, b in pairwise(failed)) > 1.0
+
+
+def test_a_replay_for_which_memory_stays_short_ends_no_run(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    train(clients, 0)
+    clients.all_end()
+    world, (run,) = clients._world, clients.all
+    world.kill_worker()
+    failed = run_out_of_memory(monkeypatch, FORWARD_BACKWARD, 10_000)
+    clients._submit(run, OPTIM_STEP, steps())
+    op = run.ops.pop(run.highest)
+    for _ in range(40):
+        outcome, _ = clients._poll(op, 30.0)
+    assert outcome is not None and outcome.failure is not None
+    assert (outcome.failure.code, outcome.failure.category) == ("out_of_memory", "server")
+    tried = len(failed)
+    assert tried <= MOST_STALLED / 5 + 1
+    world.let(600.0)
+    assert len(failed) == tried, "nobody asks for it"
+    monkeypatch.undo()
+    clients._submit(run, OPTIM_STEP, steps(), seq=op.seq + 1)
+    outcome, _ = clients._poll(run.ops[run.highest], 30.0)
+    assert outcome is not None and outcome.failure is None
+    assert json.loads(outcome.result or b"") == {"skipped": 1.0, "step": 1.0}
+    clients._check_logs()

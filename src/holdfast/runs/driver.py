@@ -227,12 +227,16 @@ class Driver:
     async def _attach_alone(self) -> None:
         try:
             await self._recovery.attach()
-            self._stalled_since = None
+            if not self._recovery.under_way:
+                self._stalled_since = None
         except EngineError as error:
             await self._stalled(error)
 
     async def _stalled(self, error: EngineError) -> None:
-        """A recovery cannot go on for now. What is pending is told so after a while."""
+        """A recovery cannot go on for now. What is pending is told so after a while.
+
+        From then on it is tried again when there is a new request.
+        """
         run, now = self._run, time.monotonic()
         run.log.error("recovery waits", error=error.message)
         run.note = error.message
@@ -243,6 +247,8 @@ class Driver:
             run.fail_pending(Failure(error.code, error.message, error.category))
         if not run.closing:
             await asyncio.sleep(_BASE_MODEL_PAUSE)
+        if not run.order.unsettled:
+            await run.wake.wait()
 
     async def _take(self, entry: Entry) -> None:
         run, order = self._run, self._run.order
@@ -252,17 +258,19 @@ class Driver:
             if not creating and not await self._recovery.attach():
                 return  # rewound: something else comes up now
             await self._recovery.apply_late_marks()
-            self._stalled_since = None
             if order.held:
                 return
             order.begin(entry.seq)
             if entry.state is State.RUNNING:
+                self._stalled_since = None
                 await self._execute(entry)
                 return
             await self._recovery.redo(entry)
             if run.ended is None:
                 self._passed(entry)
                 await self._recovery.passed()
+                if not self._recovery.under_way:
+                    self._stalled_since = None
         except StateGone:  # it died before this operation, which comes up again
             self._placement.lost()
             if entry.state is State.RUNNING and entry.seq > order.position:

@@ -41,7 +41,8 @@ DAMAGE = frozenset(
 """Failures to read a checkpoint that stay. After any other one the same may work later: once there
 is memory, the disk answers, or the right base model is served."""
 BROKEN_OFF = frozenset({"out_of_memory", "internal"})
-"""Failures of an optim_step that the engine did not foresee: it cleared the gradients, too."""
+"""Failures that the engine did not foresee: what they left of the gradients is not what there was.
+The same operation may succeed later, once there is memory."""
 
 
 class Performs(Protocol):
@@ -174,12 +175,24 @@ class Recovery:
                 try:
                     result = await self._driver.compute(entry, body)
                 except EngineError as error:
-                    self._run.log.error("replay failed", seq=entry.seq, error=error.message)
+                    run.log.error("replay failed", seq=entry.seq, error=error.message)
+                    if error.code in BROKEN_OFF:
+                        raise self._broken_off(entry, error) from error
                     await self._diverged(entry)
                     return
                 self._publisher.computed += time.monotonic() - started
                 if journal.digest(result) != record.result_hash:
                     await self._diverged(entry)
+
+    def _broken_off(self, entry: Entry, error: EngineError) -> EngineError:
+        """The failure of a replay that is to begin anew, from the snapshot, in a while."""
+        self._placement.forget()
+        return EngineError(
+            error.code,
+            f"the recovery is tried again: request {entry.seq} succeeded before, and when it was "
+            f"replayed {error.message}",
+            "server",
+        )
 
     async def passed(self) -> None:
         """An operation was replayed. At the end of a recovery, keep what it has brought."""
