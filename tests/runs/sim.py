@@ -345,6 +345,7 @@ class World:
         except Killed:
             self.kill()
             return
+        self.refuse_commits = 0
         self._quiet = True
         self.loop.abandon()
         self.catalog.close()
