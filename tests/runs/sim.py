@@ -36,7 +36,6 @@ from holdfast.runs import (
     driver,
     engines,
     publishing,
-    recovery,
     run,
     samplers,
     service,
@@ -60,7 +59,6 @@ _TIMED = (
     driver,
     engines,
     publishing,
-    recovery,
     run,
     samplers,
     service,
@@ -341,7 +339,7 @@ class World:
     def restart(self, within: float = 20.0) -> None:
         """Stop in good order, which may take so many seconds, and start again."""
         try:
-            self.loop.run_until_complete(self.runs.stop(within / 2))
+            self.loop.run_until_complete(self.runs.stop(within))
         except Killed:
             self.kill()
             return

@@ -621,3 +621,61 @@ def test_a_replay_for_which_memory_stays_short_ends_no_run(
     assert outcome is not None and outcome.failure is None
     assert json.loads(outcome.result or b"") == {"skipped": 1.0, "step": 1.0}
     clients._check_logs()
+
+
+# --- What is shown and counted --------------------------------------------------------------
+
+
+def test_a_poll_says_how_far_a_recovery_is(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    train(clients, 0)
+    clients.all_end()
+    clients._world.let(30.0)  # idle: a snapshot at 2
+    for x in range(1, 6):
+        train(clients, x)
+    clients.all_end()
+    clients._world.pause = lambda what: 1.0 if what == OPTIM_STEP else 0.001  # type: ignore[method-assign]
+    clients._world.kill_worker()
+    train(clients, 6)
+    (run,) = clients.all
+    outcome, note = clients._poll(run.ops[run.highest], 2.5)
+    assert outcome is None
+    assert note == "recovering, 5 of 10 operations"
+    check_all(clients)
+
+
+def test_compute_is_counted_without_the_wait_for_the_turn(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    for pick in range(3):
+        clients.create(pick=pick, rank=1)
+    clients.all_end()
+    world = clients._world
+    world.pause = lambda what: 1.0 if what == FORWARD_BACKWARD else 0.0  # type: ignore[method-assign]
+    world.lives[-1]._pause = world.pause
+    publishers = [live.driver._publisher for live in world.runs._live.values()]
+    for publisher in publishers:
+        publisher.computed = 0.0
+    for x in range(3):
+        for run in clients.all:
+            clients._submit(run, FORWARD_BACKWARD, batch(x))
+    world.let(14.0)
+    assert [publisher.computed for publisher in publishers] == pytest.approx([3.0] * 4, abs=0.2)
+
+
+def test_a_worker_is_not_ended_for_a_time_in_which_the_server_itself_was_suspended(
+    clients: Clients,
+) -> None:
+    clients.all_end()
+    world = clients._world
+    world.pause = lambda what: 20.0 if what == FORWARD_BACKWARD else 0.0  # type: ignore[method-assign]
+    world.lives[-1]._pause = world.pause
+    lives = len(world.lives)
+    train(clients, 1)
+    world.let(5.0)
+    world.clock.now += 2 * HUNG_AFTER
+    check_all(clients)
+    assert len(world.lives) == lives

@@ -36,7 +36,7 @@ def stop_in_the_middle(clients: Clients, kind: str) -> None:
     clients._submit(run, FORWARD_BACKWARD, batch(2))
     clients._submit(run, OPTIM_STEP, steps())
     world.let(0.5)
-    world.restart(within=3.0)
+    world.restart(within=4.0)
     train(clients, 3)
     save(clients, "a")
     check_all(clients)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Literal
 
 from holdfast import failpoints
-from holdfast.engine.interface import EngineError, RunConfig, WorkerDied
+from holdfast.engine.interface import Engine, EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load, OptimStep
 from holdfast.runs.engines import StateGone
@@ -115,6 +115,12 @@ class Driver:
             if self._placement.held and self._publisher.behind and self._state_is_known:
                 await self._publisher.snapshot()
         await self._publisher.settled()
+
+    def abandon(self) -> None:
+        """End a worker that still computes the operation in whose middle this was stopped."""
+        host = self._placement.host
+        if host is not None and self._placement.held and not self._state_is_known:
+            host.kill()
 
     async def keep_last_state(self, expires: float) -> bool:
         """Keep the state of a run that has ended as a checkpoint, if it was trained at all.
@@ -283,7 +289,6 @@ class Driver:
     async def _execute(self, entry: Entry) -> None:
         run = self._run
         run.note = None
-        started = time.monotonic()
         try:
             body = await run.body(entry.seq)
         except JournalDamaged as error:
@@ -310,7 +315,6 @@ class Driver:
         except (EngineError, RunError) as error:
             self._fail(entry, Failure(error.code, error.message, error.category))
             return
-        self._publisher.computed += time.monotonic() - started
         # A library of another version would draw other initial weights.
         if self._publisher.due or entry.kind == bodies.CREATE:
             await self._snapshot(optimizer=entry.kind != bodies.CREATE)
@@ -359,16 +363,23 @@ class Driver:
 
     async def compute(self, entry: Entry, body: bytes) -> bytes:
         """Perform a forward, forward_backward or optim_step; the bytes of its result."""
-        key = self._placement.key
         async with self._placement.computing(alone=is_last(entry)) as (engine, _):
-            match entry.kind:
-                case bodies.FORWARD:
-                    return await engine.forward(key, entry.seq, body)
-                case bodies.FORWARD_BACKWARD:
-                    return await engine.forward_backward(key, entry.seq, body)
-                case bodies.OPTIM_STEP:
-                    params = OptimStep.decode(body).params
-                    return bodies.encode_json(await engine.optim_step(key, params))
+            started = time.monotonic()
+            result = await self._computed_by(engine, entry, body)
+            # Without the wait for the turn, in which others computed.
+            self._publisher.computed += time.monotonic() - started
+            return result
+
+    async def _computed_by(self, engine: Engine, entry: Entry, body: bytes) -> bytes:
+        key = self._placement.key
+        match entry.kind:
+            case bodies.FORWARD:
+                return await engine.forward(key, entry.seq, body)
+            case bodies.FORWARD_BACKWARD:
+                return await engine.forward_backward(key, entry.seq, body)
+            case bodies.OPTIM_STEP:
+                params = OptimStep.decode(body).params
+                return bodies.encode_json(await engine.optim_step(key, params))
         raise AssertionError(f"an operation of kind {entry.kind!r}")
 
     async def create(self, config: RunConfig) -> None:

@@ -160,11 +160,16 @@ class Host:
     async def _supervise(self, engine: Worker, life: int) -> None:
         """Notice its death also while nobody calls it, end it when it hangs, replace it."""
         died = asyncio.create_task(engine.wait_died())
+        # Only the time in which this itself ran: a process that was suspended has read nothing.
+        seen, silent = engine.last_progress, 0.0
         try:
             while not died.done():
+                began = time.monotonic()
                 await asyncio.wait([died], timeout=_WATCH_EVERY)
-                silent = time.monotonic() - engine.last_progress
-                if engine.in_flight and silent > HUNG_AFTER and not died.done():
+                silent += min(time.monotonic() - began, _WATCH_EVERY)
+                if not engine.in_flight or engine.last_progress != seen:
+                    seen, silent = engine.last_progress, 0.0
+                if silent > HUNG_AFTER and not died.done():
                     _log.error("worker hangs, ending it", model=self.name, silent=round(silent))
                     engine.kill()
         finally:
@@ -173,15 +178,21 @@ class Host:
         with suppress(EngineError):
             await self.engine()
 
+    def kill(self) -> None:
+        """End the worker at once, whatever it does. May be called from any thread."""
+        engine = self._engine
+        if engine is not None:
+            engine.kill()
+
     async def close(self) -> None:
         """End the worker, after what it was sent."""
         for task in (self._watch, self._starting):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.close()
+        if self._engine is not None:
+            await self._engine.close()
+            self._engine = None
 
 
 async def _loaded(engine: Worker) -> BaseModelInfo:
@@ -224,3 +235,8 @@ class Engines:
 
     async def close(self) -> None:
         await asyncio.gather(*(host.close() for host in self._hosts.values()))
+
+    def kill(self) -> None:
+        """End all workers at once. May be called from any thread."""
+        for host in self._hosts.values():
+            host.kill()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Protocol
@@ -67,7 +66,7 @@ class Recovery:
         self._placement = placement
         self._publisher = publisher
         self._driver = driver
-        self._to = -1
+        self._from = self._to = -1
         self._deaths = 0
         self.given_up = False
         """The state cannot be brought back, so that the run has ended."""
@@ -142,6 +141,7 @@ class Recovery:
         self._publisher.snapshot_at = self._publisher.changed_at = seq
         self._placement.put(host, life)
         run.log.info("restored", position=seq, to=self._to)
+        self._from = seq
         self._replayed, self._differing = 0, []
         if seq >= self._to:
             await self._complete()
@@ -155,7 +155,8 @@ class Recovery:
         if entry.state is State.SKIPPED or entry.late or not changes:
             return
         record = await run.read_patiently(lambda c: journal.record(c, run.key, entry.seq))
-        run.note = f"recovering, operation {entry.seq} of {self._to}"
+        done, all_ = entry.seq - self._from - 1, self._to - self._from
+        run.note = f"recovering, {done} of {all_} operations"
         if entry.state is State.FAILED:
             await self._redo_failure(entry, record)
             return
@@ -170,7 +171,6 @@ class Recovery:
             case bodies.LOAD_WEIGHTS:
                 await self._reload(entry, Load.decode(body))
             case _:
-                started = time.monotonic()
                 await self._placement.engine()  # whose failure is none of the operation's
                 try:
                     result = await self._driver.compute(entry, body)
@@ -180,7 +180,6 @@ class Recovery:
                         raise self._broken_off(entry, error) from error
                     await self._diverged(entry)
                     return
-                self._publisher.computed += time.monotonic() - started
                 if journal.digest(result) != record.result_hash:
                     await self._diverged(entry)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -145,30 +145,41 @@ class Runs:
         """Take no more submissions and let waiting polls go: the server is about to stop."""
         self.stopping.set()
 
-    async def stop(self, timeout: float = 10.0) -> None:
+    async def stop(self, within: float = 20.0) -> None:
         """Stop executing. Nothing ends: a later start goes on where this one stopped.
 
-        Operations under way may finish within `timeout` seconds; then each run's state is kept.
+        All of it takes at most `within` seconds. Operations under way may finish in the first half;
+        then each run's state is kept, unless its operation was left: that is replayed.
         """
         self.begin_stop()
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + within
+
+        def share(part: float) -> float:
+            return max(0.0, (ends - loop.time()) * part)
+
+        async def bounded(part: float, *work: Coroutine[Any, Any, object]) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(share(part)):
+                    await asyncio.gather(*work)
+
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(live.run.stop(timeout) for live in self._live.values()))
+        await asyncio.gather(*(live.run.stop(share(0.4)) for live in self._live.values()))
         finishing = [live.finishing for live in self._live.values() if live.finishing is not None]
         if finishing:  # the next start ends what is not ended by then
-            _, late = await asyncio.wait(finishing, timeout=timeout)
+            _, late = await asyncio.wait(finishing, timeout=share(0.4))
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await asyncio.gather(*(live.driver.park() for live in self._live.values()))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await asyncio.gather(*(live.run.note_read() for live in self._live.values()))
-        await self.samplers.close()
-        await self.engines.close()
+        await bounded(0.5, *(live.driver.park() for live in self._live.values()))
+        await bounded(0.5, *(live.run.note_read() for live in self._live.values()))
+        await bounded(0.5, self.samplers.close())
+        for live in self._live.values():
+            live.driver.abandon()
+        await bounded(0.9, self.engines.close())
+        self.engines.kill()
 
     # --- Creating ----------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def create_app(
         yield
         warm.cancel()
         await asyncio.gather(warm, return_exceptions=True)
-        await runs.stop()
+        await runs.stop(0.6 * settings.stop_within)
         await asyncio.to_thread(context.reading.close)
 
     app = FastAPI(

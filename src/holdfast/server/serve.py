@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import queue
 import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,8 +32,11 @@ from holdfast.server.data_dir import CannotUse, exclusive, location, remember
 from holdfast.server.settings import Settings
 from holdfast.store import StoreError, open_store
 
-_GRACE = 5
-"""Seconds that requests under way have to finish when the server stops."""
+_HURRIED = 1.0
+"""Seconds that a stop takes at most after a second signal."""
+
+
+_log = structlog.get_logger("holdfast.server")
 
 
 class CannotServe(CannotUse):
@@ -61,12 +68,13 @@ def serve(settings: Settings) -> None:
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
-                timeout_graceful_shutdown=_GRACE,
+                # For requests under way; most of the rest is for the runs.
+                timeout_graceful_shutdown=max(1, int(0.25 * settings.stop_within)),
                 # Idle connections of clients that poll every half minute stay open.
                 timeout_keep_alive=75,
                 lifespan="on",
             )
-            _Server(config, app.state.context.runs).run(sockets=[listening])
+            _Server(config, app.state.context.runs, settings.stop_within).run(sockets=[listening])
         finally:
             store.close()
             catalog.close()
@@ -75,9 +83,10 @@ def serve(settings: Settings) -> None:
 class _Server(uvicorn.Server):
     """Tells the runs at the first signal, so that held polls do not hold up the end."""
 
-    def __init__(self, config: uvicorn.Config, runs: Runs) -> None:
+    def __init__(self, config: uvicorn.Config, runs: Runs, stop_within: float) -> None:
         super().__init__(config)
         self._runs = runs
+        self._end = _End(runs, stop_within)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -85,9 +94,35 @@ class _Server(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._end.signals.put(sig)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._runs.begin_stop)
         super().handle_exit(sig, frame)
+
+
+class _End:
+    """Ends the process when its stop takes too long, whatever holds that up.
+
+    Nothing is lost: what is not recorded by then is recovered as after a crash.
+    """
+
+    def __init__(self, runs: Runs, within: float) -> None:
+        self._runs = runs
+        self._within = within
+        # What a signal's handler may do at any moment is to put something here.
+        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="end", daemon=True).start()
+
+    def _run(self) -> None:
+        self.signals.get()
+        at = time.monotonic() + self._within
+        with suppress(queue.Empty):
+            while True:
+                self.signals.get(timeout=max(0.0, at - time.monotonic()))
+                at = min(at, time.monotonic() + _HURRIED)
+        _log.warning("stopped before everything was kept; the next start recovers the rest")
+        self._runs.engines.kill()
+        os._exit(0)
 
 
 def _starter(settings: Settings, store: str | Path) -> StartEngine:

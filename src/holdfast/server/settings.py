@@ -49,6 +49,8 @@ class Settings:
     max_body: int = 128 << 20
     poll_hold: float = 30.0
     """How long a poll waits before it answers "try again"; below the clients' own 45 s."""
+    stop_within: float = 20.0
+    """How long a stop takes at most; what is not done by then is recovered by the next start."""
     lifetimes: Lifetimes = field(default_factory=Lifetimes)
 
     @property
