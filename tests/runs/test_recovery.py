@@ -671,11 +671,11 @@ def test_a_worker_is_not_ended_for_a_time_in_which_the_server_itself_was_suspend
 ) -> None:
     clients.all_end()
     world = clients._world
-    world.pause = lambda what: 20.0 if what == FORWARD_BACKWARD else 0.0  # type: ignore[method-assign]
+    world.pause = lambda what: 60.0 if what == FORWARD_BACKWARD else 0.0  # type: ignore[method-assign]
     world.lives[-1]._pause = world.pause
     lives = len(world.lives)
     train(clients, 1)
-    world.let(5.0)
+    world.let(25.0)  # the watch has seen it begin
     world.clock.now += 2 * HUNG_AFTER
     check_all(clients)
     assert len(world.lives) == lives
