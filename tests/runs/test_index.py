@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
-from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.checkpoints import Checkpoints, Differences
 from holdfast.runs.errors import RunError
 from holdfast.store import LocalStore, Manifest, NameKey, SweepReport
 from tests.store.samples import WEIGHTS, key_of, manifest_of
@@ -97,6 +97,33 @@ async def test_a_sweep_does_not_unlist_what_is_saved_beside_it(
     assert not await checkpoints.differences()
     (row,), _ = await checkpoints.page("local")
     assert row.manifest == second.id
+
+
+@pytest.mark.anyio
+async def test_reconciling_leaves_what_is_saved_and_deleted_beside_it(
+    store: HeldUp, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.go_on.set()
+    checkpoints = Checkpoints(store, catalog)
+    kept, deleted = sample(store, seq=1), sample(store, seq=2, name="other")
+    for manifest in (kept, deleted):
+        store.publish(manifest)
+        store.set_name(key_of(manifest), manifest.id)
+    await catalog.write(lambda c: _add_run(c, kept.run))
+    newer = sample(store, seq=3)
+    honest = checkpoints.differences
+
+    async def differences() -> Differences:
+        found = await honest()
+        await checkpoints.publish(newer, replace=True)
+        await checkpoints.delete(key_of(deleted), "local")
+        return found
+
+    monkeypatch.setattr(checkpoints, "differences", differences)
+    assert await checkpoints.reconcile() == (1, 1)
+    (row,), _ = await checkpoints.page("local")
+    assert row.manifest == newer.id
+    assert not await honest()
 
 
 @pytest.mark.anyio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,13 @@ import sqlalchemy as sa
 from holdfast.catalog.tables import runs, sessions
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Create
+from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.journal import Outcome, RunKey
 from holdfast.runs.order import Entry
 from holdfast.runs.service import Runs
 
 from .test_service import OWNER, Clients
-from .toy import NAME
+from .toy import NAME, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
@@ -107,3 +109,18 @@ def test_a_query_for_each_run_is_found(clients: Clients, monkeypatch: pytest.Mon
     monkeypatch.setattr(Runs, "_take_up", take_up)
     with pytest.raises(AssertionError):
         test_the_queries_of_a_start_do_not_grow_with_the_runs(clients)
+
+
+def test_requests_are_taken_while_store_and_catalog_are_compared(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def reconcile(_: Checkpoints) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Checkpoints, "reconcile", reconcile)
+    clients.all_end()
+    clients.kill()
+    started = clients._now
+    clients._submit(clients.all[0], bodies.FORWARD_BACKWARD, batch(1))
+    clients.all_end()
+    assert clients._now - started < 2.0

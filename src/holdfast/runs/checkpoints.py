@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 _log = structlog.get_logger("holdfast.checkpoints")
 
+_RECONCILED_AT_ONCE = 64
+
 SHORTEST_TTL = 3600
 """Seconds: one hour."""
 LONGEST_TTL = 10 * 366 * 24 * 3600
@@ -93,6 +95,12 @@ class Checkpoints:
         self.store = store
         self._catalog = catalog
         self._locks: WeakValueDictionary[NameKey, asyncio.Lock] = WeakValueDictionary()
+        self._published: set[str] = set()
+        """Unnamed manifests of this process, which it has not discarded."""
+        self._discarding = asyncio.Lock()
+        """Held while an orphan is discarded, so that it is not published meanwhile."""
+        self.creating = asyncio.Lock()
+        """Held while a run of a new id comes into being."""
 
     async def resolve(self, key: NameKey, readers: Sequence[str]) -> tuple[str, Manifest]:
         """The manifest that a name points to, with its id.
@@ -120,6 +128,9 @@ class Checkpoints:
         An unnamed manifest is a recovery point, kept until `discard`. A name that is taken raises
         RunError, unless `replace`, or the same request took it before a crash.
         """
+        if manifest.key is None:
+            async with self._discarding:
+                self._published.add(manifest.id)
         manifest_id = await self._call(self.store.publish, manifest)
         failpoints.reach("publish.manifest")
         key = manifest.key
@@ -155,6 +166,7 @@ class Checkpoints:
         """Let go of unnamed manifests."""
         for manifest_id in manifest_ids:
             await self._call(self.store.discard, manifest_id)
+            self._published.discard(manifest_id)
 
     async def delete(self, key: NameKey, owner: str) -> None:
         """Delete a name: hidden at once, its bytes go with the next sweeps.
@@ -288,42 +300,58 @@ class Checkpoints:
         listed again, as one that holds checkpoints.
         """
         found = await self.differences()
-        if not found:
-            return 0, 0
-        manifests = {}
-        for manifest_id in {*found.unlisted.values(), *found.without_run.values()}:
+        keys = [*found.unlisted, *found.gone]
+        done: list[bool | None] = []
+        for at in range(0, len(keys), _RECONCILED_AT_ONCE):
+            some = keys[at : at + _RECONCILED_AT_ONCE]
+            done += await asyncio.gather(*(self._reconcile(key) for key in some))
+        for manifest_id in found.without_run.values():
             try:
-                manifests[manifest_id] = await asyncio.to_thread(
-                    self.store.read_manifest, manifest_id
-                )
+                manifest = await asyncio.to_thread(self.store.read_manifest, manifest_id)
             except StoreError as error:
                 _log_damage(error)
+            else:
+                async with self.creating:
+                    await self._catalog.write(partial(stored.insert_missing, manifest=manifest))
+        return done.count(True), done.count(False)
 
-        def work(connection: sa.Connection) -> int:
-            _unindex(connection, found.gone)
-            listed = [(k, m) for k, m in found.unlisted.items() if m in manifests]
-            for key, manifest_id in listed:
-                _index(connection, key, manifest_id, manifests[manifest_id])
-            for manifest_id in found.without_run.values():
-                if manifest_id in manifests:
-                    stored.insert(connection, manifests[manifest_id])
-            return len(listed)
+    async def _reconcile(self, key: NameKey) -> bool | None:
+        """Make a row agree with its name as it is now: saves and deletions go on meanwhile.
 
-        return await self._catalog.write(work), len(found.gone)
+        Whether the row is there now; None when that of a damaged one was left as it is.
+        """
+        async with self._changing(key):
+            try:
+                manifest_id = await asyncio.to_thread(self.store.resolve, key)
+                if manifest_id is None:
+                    await self._catalog.write(lambda c: _unindex(c, [key]))
+                    return False
+                manifest = await asyncio.to_thread(self.store.read_manifest, manifest_id)
+            except StoreError as error:
+                _log_damage(error)
+                return None
+            await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+            return True
 
     async def discard_orphans(self) -> int:
         """Let go of unnamed manifests that nothing refers to; how many there were.
 
-        They are published before the row that refers to them, and a crash may come in between. To
-        be called while nothing is published. Those of runs that the catalog does not know are left
-        alone, since it may be the catalog that was lost: `holdfast doctor` gives them a name.
+        They are published before the row that refers to them, and a crash may come in between. What
+        this process has published since its start is left alone. So are those of runs that the
+        catalog does not know, since it may be the catalog that was lost: `holdfast doctor` gives
+        them a name.
         """
         used = await self._catalog.read(_referred_to)
         found = await self._call(lambda: list(self.store.unnamed(on_damage=_log_damage)))
         known = await self._catalog.read(stored.trained)
         orphans = [id for id, manifest in found if id not in used and manifest.run in known]
-        await self.discard(orphans)
-        return len(orphans)
+        discarded = 0
+        for manifest_id in orphans:
+            async with self._discarding:
+                if manifest_id not in self._published:
+                    await self.discard([manifest_id])
+                    discarded += 1
+        return discarded
 
     async def _amend(self, key: NameKey, owner: str, **changes: Any) -> None:
         async with self._changing(key):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 import uuid
@@ -36,13 +35,11 @@ class Copies:
         catalog: Catalog,
         checkpoints: Checkpoints,
         sessions: Sessions,
-        creating: asyncio.Lock,
     ) -> None:
         self._catalog = catalog
         self._checkpoints = checkpoints
         self._sessions = sessions
-        self._creating = creating
-        """Held while a run of a new id comes into being."""
+        self._creating = checkpoints.creating
 
     async def copy(
         self,

@@ -121,14 +121,12 @@ class Runs:
         self._live: dict[str, _Live] = {}
         self.stopping = asyncio.Event()
         """Set when the server is about to stop."""
-        self._creating = asyncio.Lock()
-        self.copies = Copies(catalog, self.checkpoints, self.sessions, self._creating)
+        self._creating = self.checkpoints.creating
+        self.copies = Copies(catalog, self.checkpoints, self.sessions)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Take up the runs of sessions that have not ended."""
-        await self.checkpoints.reconcile()
-        await self.checkpoints.discard_orphans()
+        """Take up the runs of sessions that have not ended. The store is not waited for."""
         half_ended = await self.sessions.half_ended()
         sessions = {s.id: s for s in [*await self.sessions.open(), *half_ended]}
         found = await self.catalog.read(journal.live_runs)
@@ -591,8 +589,10 @@ class Runs:
 
     async def _sweeping(self) -> None:
         """Remove expired and unreferenced checkpoints from the store, for as long as it serves."""
+        reconciled = await self._reconciled()
         while True:
             await asyncio.sleep(self.lifetimes.between_sweeps)
+            reconciled = reconciled or await self._reconciled()
             try:
                 report = await self.checkpoints.sweep()
             except (RunError, CatalogUnavailable) as error:
@@ -611,6 +611,19 @@ class Runs:
                     blobs=report.blobs,
                     bytes=report.size,
                 )
+
+    async def _reconciled(self) -> bool:
+        """Find what a crash has left between the store and the catalog; whether that succeeded."""
+        try:
+            await self.checkpoints.reconcile()
+            await self.checkpoints.discard_orphans()
+        except (RunError, CatalogUnavailable) as error:
+            _log.error("store and catalog could not be compared", error=str(error))
+            return False
+        except Exception:  # a defect
+            _log.exception("store and catalog could not be compared")
+            return False
+        return True
 
     def _background(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -42,6 +42,13 @@ def insert(
     )
 
 
+def insert_missing(connection: sa.Connection, manifest: Manifest) -> None:
+    """A row for the run of a checkpoint that was found in the store, unless it has one by now."""
+    known = sa.select(runs.c.id).where(runs.c.id == manifest.run)
+    if connection.execute(known).first() is None:
+        insert(connection, manifest)
+
+
 def trained(connection: sa.Connection) -> set[str]:
     """Ids of all other runs: those whose own operations the catalog knows."""
     return set(connection.scalars(sa.select(runs.c.id).where(runs.c.state != STORED).distinct()))
