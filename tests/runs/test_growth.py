@@ -24,9 +24,9 @@ from .toy import batch
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 AT_ONCE = 100
+"""Steps that are submitted together; then their results are read."""
 SOME_SEGMENTS = 2 << 20
 """Bytes: which are full, and which have just been let go, depends on the moment, too."""
-"""Steps that are submitted together; then their results are read."""
 LARGE_EVERY = 5
 MORE = 1.5
 """How much larger something may be after five times the steps: it depends on the moment."""
