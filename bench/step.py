@@ -10,7 +10,7 @@ Two series, each of forward_backward + optim_step on the same batch with the sam
 Goals: the medium model takes at most 1.10 of the bare loop; the tiny one, where the round trips are
 all there is to see, at most 10 ms more; a save delays the next step by at most 10 %.
 
-    python -m bench.step [--model tiny|medium] [--pairs 20] [--saves 10] [--threads 2]
+    python -m bench.step [--model tiny|medium] [--pairs 20] [--saves 10] [--threads N]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.engine import MODELS, RANK, BareLoop, make_batch
 from holdfast.cli.server_process import ServerProcess
+from holdfast.engine.base import suitable_threads, usable_processors
 from holdfast.engine.payload import Batch
 
 WARM_UP = 3
@@ -198,12 +199,13 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, help="without it, each in turn")
     parser.add_argument("--pairs", type=int, default=20, help="of the first series")
     parser.add_argument("--saves", type=int, default=10, help="of the second series")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="without it, those that suit the model")
     args = parser.parse_args()
     if args.pairs < 1 or args.saves < 0:
         parser.error("--pairs must be at least 1, and --saves at least 0")
     for model in [args.model] if args.model else MODELS:
-        report(model, args.threads, measure(model, args.pairs, args.saves, args.threads))
+        threads = args.threads or suitable_threads(MODELS[model].hidden_size, usable_processors())
+        report(model, threads, measure(model, args.pairs, args.saves, threads))
 
 
 if __name__ == "__main__":
