@@ -202,14 +202,17 @@ class Runs:
         seed = lora["seed"]
         drawn = secrets.randbits(31) if seed is None else seed
         config = RunConfig(base_model, LoraConfig(**{**lora, "seed": drawn}), optimizer)
-        return await self._create(
-            session,
-            model_seq_id,
-            Create.of(config),
-            config,
-            user_metadata,
-            body_hash,
-            idempotency_key,
+        # A client that goes away meanwhile leaves no run that is journaled and not executed.
+        return await asyncio.shield(
+            self._create(
+                session,
+                model_seq_id,
+                Create.of(config),
+                config,
+                user_metadata,
+                body_hash,
+                idempotency_key,
+            )
         )
 
     async def create_from_state(
@@ -225,34 +228,13 @@ class Runs:
         if body.base_model is not None:
             self.engines[body.base_model]
         body_hash = journal.digest(body.encode())
-        return await self._create(
-            session, model_seq_id, body, None, user_metadata, body_hash, idempotency_key
-        )
-
-    async def _create(
-        self,
-        session: Session,
-        model_seq_id: int,
-        body: Body,
-        config: RunConfig | None,
-        user_metadata: dict[str, str] | None,
-        body_hash: str,
-        idempotency_key: str | None,
-    ) -> Run:
-        # A client that goes away meanwhile leaves no run that is journaled and not executed.
         return await asyncio.shield(
-            self._create_whole(
-                session,
-                model_seq_id,
-                body,
-                config,
-                user_metadata,
-                body_hash,
-                idempotency_key,
+            self._create(
+                session, model_seq_id, body, None, user_metadata, body_hash, idempotency_key
             )
         )
 
-    async def _create_whole(
+    async def _create(
         self,
         session: Session,
         model_seq_id: int,

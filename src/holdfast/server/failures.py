@@ -34,16 +34,13 @@ _STATUS: dict[Reason, int] = {
     "forbidden": 403,
     "conflict": 400,
     "gone": 410,
-    "damaged": 500,
     "unavailable": 503,
 }
 
 
 def refusal(status: int, message: str, code: str, category: Category = "user") -> JSONResponse:
     """An error answer with the keys that each client family looks for."""
-    headers = {"retry-after": str(RETRY_AFTER)} if status in (429, 503) else {}
-    if status == 500:
-        headers["x-should-retry"] = "false"  # neither damage nor a defect heals
+    headers = {"retry-after": str(RETRY_AFTER)} if status in (429, 503) else None
     body = refusal_body(message, category=category, code=code)
     return JSONResponse(body, status_code=status, headers=headers)
 
@@ -53,6 +50,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RunError)
     async def run_error(_request: Request, error: RunError) -> JSONResponse:
+        if error.reason == "damaged":
+            return _damaged(error.message, error.code)
         return refusal(_STATUS[error.reason], error.message, error.code, error.category)
 
     @app.exception_handler(HoldfastError)
@@ -72,7 +71,7 @@ def install(app: FastAPI) -> None:
         _log.error("the store failed", error=str(error), code=error.code)
         if isinstance(error, StoreUnavailable):
             return refusal(503, str(error), error.code, "server")
-        return refusal(500, str(error), error.code, "server")
+        return _damaged(str(error), error.code)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -93,6 +92,13 @@ def install(app: FastAPI) -> None:
             "internal_error",
             "server",
         )
+
+
+def _damaged(message: str, code: str) -> JSONResponse:
+    """Damage does not heal: unlike a defect, which may have been met by chance, it stays."""
+    answer = refusal(500, message, code, "server")
+    answer.headers["x-should-retry"] = "false"
+    return answer
 
 
 def _status_of(error: HoldfastError) -> int:
