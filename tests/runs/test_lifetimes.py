@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
@@ -20,14 +19,6 @@ from .toy import batch
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 DAY = 24 * 3600.0
-
-
-@pytest.fixture
-def clients() -> Iterator[Clients]:
-    clients = Clients()
-    clients.begin(seed=1, client="python")
-    yield clients
-    clients.close()
 
 
 def train(clients: Clients, run: int = 0) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,14 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:R
 
 MOST_QUERIES = 20
 """That a start may make, however many runs there are."""
-
-
-@pytest.fixture
-def clients() -> Iterator[Clients]:
-    clients = Clients()
-    clients.begin(seed=1, client="python")
-    yield clients
-    clients.close()
 
 
 def add_runs(clients: Clients, count: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP
@@ -16,14 +14,6 @@ from .test_service import Clients, steps
 from .toy import batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
-
-@pytest.fixture
-def clients() -> Iterator[Clients]:
-    clients = Clients()
-    clients.begin(seed=1, client="python")
-    yield clients
-    clients.close()
 
 
 def stop_in_the_middle(clients: Clients, kind: str) -> None:
