@@ -67,6 +67,30 @@ def test_the_last_state_is_lost_when_only_a_worker_that_holds_it_is_asked(
     assert clients._world.store.resolve(expire(clients)) is None
 
 
+@pytest.mark.parametrize("jump", [+2 * DAY, -2 * DAY, 0.0])
+@pytest.mark.parametrize("again", ["nothing", "restart", "kill"])
+def test_what_was_read_is_kept_for_ten_minutes_whatever_the_clock_says(
+    clients: Clients, jump: float, again: str
+) -> None:
+    train(clients)
+    clients.all_end()
+    (run,) = clients.all
+    op = run.ops[run.highest]
+    clients._world.runs.delivered(op.request_id)
+    clients._world.let(60.0)  # it is noted
+    clients._world.clock.wall += jump
+    if again != "nothing":
+        getattr(clients, again)()
+    for minutes in range(1, 9):
+        clients._world.let(60.0)
+        found, _ = clients._poll(op, 1.0)
+        assert found is not None and found.result is not None, f"gone after {minutes} minutes"
+    clients._world.let(11 * 60.0)
+    found, _ = clients._poll(op, 1.0)
+    assert found is not None and found.failure is not None
+    assert found.failure.code == "result_expired"
+
+
 def test_a_session_whose_end_was_interrupted_is_ended_at_the_next_start(clients: Clients) -> None:
     (run,) = clients.all
     train(clients)

@@ -474,6 +474,19 @@ def test_a_worker_that_never_loads_its_base_model_is_ended(clients: Clients) -> 
     check_all(clients)
 
 
+def test_a_poll_says_that_a_base_model_is_being_loaded(clients: Clients) -> None:
+    train(clients, 1)
+    clients.all_end()
+    (run,) = clients.all
+    assert clients._poll(run.ops[run.highest], 0.0)[1] is None
+    clients._world.hangs = 1
+    clients.kill_the_worker()
+    train(clients, 2)
+    outcome, note = clients._poll(run.ops[run.highest], 5.0)
+    assert outcome is None
+    assert note == "base model 'toy' is being loaded"
+
+
 def test_a_worker_that_hangs_is_ended(clients: Clients) -> None:
     train(clients, 1)
     clients.all_end()

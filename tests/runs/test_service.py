@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import structlog
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -34,7 +34,7 @@ from holdfast.catalog.tables import operations
 from holdfast.engine.interface import ADAPTER_WEIGHTS, OPTIMIZER_STATE, LoraConfig, RunConfig
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Body, CreateFromState, Load, OptimStep, Save, SaveSampler
-from holdfast.runs.engines import HUNG_AFTER
+from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import REFUSAL_REACHES
@@ -73,6 +73,8 @@ class Clients(RuleBasedStateMachine):
         self.all: list[ModelRun] = []
         self.names: Names = {}
         self.deaths_since_quiet = 0
+        self.hangs_loading = False
+        """A worker may be hanging that has not loaded its base model yet."""
         self.count = 0
         self.other_numerics = False
         self.hours = 0
@@ -380,6 +382,7 @@ class Clients(RuleBasedStateMachine):
         """It answers nothing more: noticed once there is something to do."""
         self.deaths_since_quiet += 1
         if self._world.lives:
+            self.hangs_loading |= self._world.runs.engines[NAME].state == "loading"
             self._world.lives[-1].hang()
 
     @rule()
@@ -387,6 +390,11 @@ class Clients(RuleBasedStateMachine):
         """The next worker computes on something else, which changes no integer."""
         self.other_numerics = True
         self._world.fingerprint = {"toy": self._world.fingerprint["toy"] + 1}
+
+    @rule(seconds=st.sampled_from([-2 * 86400.0, -5.0, 3600.0, 86400.0]))
+    def the_clock_jumps(self, seconds: float) -> None:
+        """The system's clock, which nothing that is waited for goes by."""
+        self._world.clock.wall += seconds
 
     @precondition(lambda self: self.hours < 3)
     @rule()
@@ -421,6 +429,7 @@ class Clients(RuleBasedStateMachine):
         """Nothing waits for ever: each future has its outcome after the leases at the latest."""
         self.all_end()
         self.deaths_since_quiet = 0
+        self.hangs_loading = False
         self._world.die_in = None
 
     def all_end(self) -> None:
@@ -428,6 +437,7 @@ class Clients(RuleBasedStateMachine):
         for run in self.all:
             limit = self._now + 120 + 400 * (len(run.holes) + 1) + 60 * (1 + len(self.all))
             limit += self.deaths_since_quiet * (HUNG_AFTER + 60)
+            limit += LOADING_TAKES if self.hangs_loading else 0
             for op in list(run.ops.values()):
                 while op.request_id and op.seen is None:
                     outcome, note = self._poll(op, 30.0)
@@ -768,6 +778,8 @@ def test_runs_keep_their_promises_under_every_interleaving() -> None:
             # The default search is the same every time; a longer one looks where none has been.
             derandomize="HOLDFAST_EXAMPLES" not in os.environ,
             database=None,
+            # What explains a failure traces every line, which takes half of the time.
+            phases=[Phase.generate, Phase.shrink],
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),

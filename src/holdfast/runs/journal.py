@@ -460,6 +460,11 @@ def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: 
     )
 
 
+def keep_what_was_read(connection: Connection, *, now: float) -> None:
+    """A server starts: what was read is kept for the full time again, as nobody could ask."""
+    connection.execute(operations.update().where(operations.c.read.is_not(None)).values(read=now))
+
+
 def close(connection: Connection, key: RunKey, *, now: float) -> None:
     """A run has ended and will not be replayed: its bodies and recovery points go.
 
@@ -506,10 +511,10 @@ def _bodies(key: RunKey) -> sa.ColumnElement[bool]:
 def expire(connection: Connection, *, read_before: float, read_size: int = MOST_READ) -> int:
     """Remove what nobody needs any more; how many results and rows there were.
 
-    Results that were handed out before that time go, and the oldest of those that take more than
-    `read_size` bytes of one run. So do whole rows, once no replay goes back to them: those whose
-    outcome was handed out, and numbers that never had a future. Skipped ones stay longer, since
-    what comes late must be known as late.
+    Results that were handed out before that time of the `ServingClock` go, and the oldest of those
+    that take more than `read_size` bytes of one run. So do whole rows, once no replay goes back to
+    them: those whose outcome was handed out, and numbers that never had a future. Skipped ones stay
+    longer, since what comes late must be known as late.
     """
     read = (
         sa.select(

@@ -18,6 +18,7 @@ from holdfast.engine.interface import RunConfig
 from holdfast.runs import journal
 from holdfast.runs.bodies import FORWARD_BACKWARD, MISSING
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.clock import ServingClock
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
@@ -50,6 +51,7 @@ class Services:
     segments: Segments
     checkpoints: Checkpoints
     engines: Engines
+    clock: ServingClock
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +326,7 @@ class Run:
         if not self._read:
             return
         seqs, self._read = self._read, set()
-        now = time.time()
+        now = self.services.clock.now()
         try:
             await self.services.catalog.write(
                 lambda c: journal.mark_read(c, self.key, seqs, now=now)

@@ -21,6 +21,7 @@ from holdfast.engine.interface import LoraConfig, RunConfig
 from holdfast.runs import bodies, contents, journal, last_state
 from holdfast.runs.bodies import Body, Create, CreateFromState
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.clock import ServingClock
 from holdfast.runs.copies import Copies
 from holdfast.runs.driver import Driver, Standing
 from holdfast.runs.engines import Engines
@@ -116,8 +117,9 @@ class Runs:
         self.checkpoints = Checkpoints(store, catalog)
         self.samplers = Samplers(catalog, self.checkpoints, engines)
         self.lifetimes = lifetimes or Lifetimes()
-        self.sessions = Sessions(catalog, grace=self.lifetimes.session_grace)
-        self._services = Services(catalog, segments, self.checkpoints, engines)
+        self._clock = ServingClock()
+        self.sessions = Sessions(catalog, self._clock, grace=self.lifetimes.session_grace)
+        self._services = Services(catalog, segments, self.checkpoints, engines, self._clock)
         self._live: dict[str, _Live] = {}
         self.stopping = asyncio.Event()
         """Set when the server is about to stop."""
@@ -393,7 +395,8 @@ class Runs:
             )
         order = live.run.order
         pending = len(order.unsettled)
-        return RunStatus(live.driver.standing, order.reached, pending, snapshot, live.run.note)
+        note = self._note(live.run)
+        return RunStatus(live.driver.standing, order.reached, pending, snapshot, note)
 
     async def config(self, model_id: str, owner: str, timeout: float) -> RunConfig:
         """A run's configuration; waits for a creating load that is still to read it."""
@@ -428,7 +431,7 @@ class Runs:
             if live.run.info.owner != owner:
                 raise not_found("request", request_id)
             self.sessions.seen(live.run.info.session_id)
-            return await live.run.outcome(seq, timeout), live.run.note
+            return await live.run.outcome(seq, timeout), self._note(live.run)
         key = RunKey(model_id, generation)
         if not await self._records(_is(key) & (runs.c.owner == owner)):
             raise not_found("request", request_id)
@@ -438,6 +441,16 @@ class Runs:
         if outcome is None:
             raise not_found("request", request_id)
         return outcome, None
+
+    def _note(self, run: Run) -> str | None:
+        """What a run is busy with, or waits for."""
+        if run.note is not None or run.info.config is None or not run.order.unsettled:
+            return run.note
+        with suppress(RunError):  # a base model that is not served any more
+            host = self.engines[run.info.config.base_model]
+            if host.state == "loading":
+                return f"base model {host.name!r} is being loaded"
+        return None
 
     async def cancel_sample(self, request_id: str, owner: str) -> None:
         """Drop a sampling request that nobody waits for. Training operations are left alone."""
@@ -522,7 +535,7 @@ class Runs:
         if state == "lost":  # whoever can repair it needs its snapshots
             return
         points = await run.read_patiently(lambda c: journal.recovery_points(c, run.key))
-        await run.write_patiently(lambda c: journal.close(c, run.key, now=now))
+        await run.write_patiently(lambda c: journal.close(c, run.key, now=self._clock.now()))
         with suppress(RunError):
             await self.checkpoints.discard([manifest for _, manifest in points])
 
@@ -541,6 +554,8 @@ class Runs:
         return not driver.diverged and await last_state.keep_recovery_point(run, expires)
 
     async def _housekeeping(self) -> None:
+        keep = partial(journal.keep_what_was_read, now=self._clock.now())
+        await patiently(lambda: self.catalog.write(keep))
         while True:
             pause = min(30.0, self.lifetimes.session_grace / 4)
             began = time.monotonic()
@@ -549,6 +564,7 @@ class Runs:
             asleep = time.monotonic() - began - pause
             if asleep > 1.0:
                 self.sessions.forgive(asleep)
+                self._clock.forgive(asleep)
             for session_id in self.sessions.silent():
                 _log.info("session expired", session=session_id)
                 await _tried("a session was not ended", self.end_session(session_id, "expired"))
@@ -558,7 +574,7 @@ class Runs:
 
     async def _tidy(self) -> None:
         """Remove what nobody needs any more from the journal."""
-        before = time.time() - self.lifetimes.results_after_read
+        before = self._clock.now() - self.lifetimes.results_after_read
         await self.catalog.write(partial(journal.expire, read_before=before))
         await self._remove_segments()
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import runs, samplers, sessions
 from holdfast.runs import journal
+from holdfast.runs.clock import ServingClock
 from holdfast.runs.errors import RunError, not_found
 
 
@@ -37,8 +38,9 @@ class Session:
 class Sessions:
     """Opens, keeps alive and ends sessions."""
 
-    def __init__(self, catalog: Catalog, *, grace: float) -> None:
+    def __init__(self, catalog: Catalog, clock: ServingClock, *, grace: float) -> None:
         self._catalog = catalog
+        self._clock = clock
         self._grace = grace
         self._seen: dict[str, float] = {}
 
@@ -150,7 +152,7 @@ class Sessions:
                 .where((sessions.c.id == session_id) & sessions.c.ended.is_(None))
                 .values(ended=time.time(), end_reason=reason, end_detail=detail)
             )
-            journal.close_session(connection, session_id, now=time.time())
+            journal.close_session(connection, session_id, now=self._clock.now())
             return done.rowcount > 0
 
         ended = await self._catalog.write(work)
