@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from holdfast.catalog import Catalog
+from holdfast.catalog.tables import runs
+from holdfast.runs import journal
 from holdfast.runs.checkpoints import Checkpoint, Checkpoints
+from holdfast.runs.contents import LARGE
+from holdfast.runs.journal import Outcome, RunKey
+from holdfast.runs.order import Entry
+from holdfast.runs.segments import Segments
 from holdfast.server.data_dir import exclusive
 from holdfast.store import Store, open_store
 from tests.cli.samples import adapter_files, add_checkpoint, fails, holdfast
@@ -203,6 +209,51 @@ def test_damage_is_named_and_does_not_keep_the_rest(
         assert path.name in shown
     assert "good" in [row.name for row in listed(data_dir, store)]
     assert good.key is not None
+
+
+@pytest.mark.parametrize("part", ["body", "result"])
+@pytest.mark.parametrize("size", [100, LARGE + 1])
+def test_damage_to_the_journal_is_named(data_dir: Path, store: Store, part: str, size: int) -> None:
+    catalog, segments = Catalog.open_file(data_dir / "catalog.db"), Segments(data_dir / "segments")
+    key, content = RunKey("session:train:0"), b"x" * size
+    entry = Entry(1, "forward_backward", journal.digest(content))
+    with catalog._engine.begin() as connection:
+        connection.execute(
+            runs.insert().values(
+                id=key.id,
+                generation=0,
+                session_id="session",
+                owner="local",
+                created=1.0,
+                last_request=1.0,
+                state="live",
+                body_hash="",
+                corrupted=False,
+            )
+        )
+        journal.add(connection, segments, key, entry, now=1.0, body=content)
+        journal.settle(connection, segments, key, 1, Outcome(entry.kind, result=content), now=2.0)
+        segments.sync()
+    catalog.close()
+    segments.close()
+    assert examined(status=0)["ok"]
+    with sqlite3.connect(data_dir / "catalog.db") as database:
+        ((segment, start),) = database.execute(
+            "SELECT segment, start FROM contents WHERE part = ?", (part,)
+        )
+        if segment is None:
+            changed = b"x" * (size - 1) + b"y"
+            database.execute("UPDATE contents SET data = ? WHERE part = ?", (changed, part))
+    database.close()
+    if segment is not None:
+        file = data_dir / "segments" / segment
+        data = bytearray(file.read_bytes())
+        data[start + 40 + size // 2] ^= 1
+        file.write_bytes(data)
+    (problem,) = examined("--repair", status=1)["problems"]
+    assert problem["code"] == "journal_damaged"
+    where = f"the {part} of request {key}:1" if segment is None else str(file)
+    assert where in problem["message"]
 
 
 def test_a_damaged_manifest_is_told_once_with_its_checkpoint(data_dir: Path, store: Store) -> None:

@@ -1,14 +1,16 @@
-"""A flipped byte in a segment: told with the file, and never computed with."""
+"""A flipped bit in the journal: told with its place, and never computed with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog.tables import contents as rows
-from holdfast.runs import bodies
+from holdfast.runs import bodies, contents, journal
+from holdfast.runs.contents import Address
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure
 from holdfast.runs.publishing import Publisher
@@ -24,11 +26,11 @@ FORWARD_BACKWARD, OPTIM_STEP = bodies.FORWARD_BACKWARD, bodies.OPTIM_STEP
 _RECORD_HEADER = 40
 
 
-@pytest.fixture
-def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
+@pytest.fixture(params=["in segments", "in the catalog"])
+def clients(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
     monkeypatch.setattr(Publisher, "due", False)
     clients = Clients()
-    clients.world = World(1, large=True)
+    clients.world = World(1, large=request.param == "in segments")
     clients.open_session("python")
     clients.create(0, 1)
     yield clients
@@ -36,13 +38,14 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
 
 
 def damage(clients: Clients, run: int, seq: int, part: str) -> str:
-    """Flip a bit of a body or result; its file."""
-    with clients._world.catalog._engine.connect() as connection:
-        row = connection.execute(
-            sa.select(rows).where(
-                (rows.c.run_id == clients.all[run].id) & (rows.c.seq == seq) & (rows.c.part == part)
-            )
-        ).one()
+    """Flip a bit of a body or result; where that is."""
+    this = (rows.c.run_id == clients.all[run].id) & (rows.c.seq == seq) & (rows.c.part == part)
+    with clients._world.catalog._engine.begin() as connection:
+        row = connection.execute(sa.select(rows).where(this)).one()
+        if row.segment is None:
+            data = bytes([row.data[0], row.data[1] ^ 1]) + row.data[2:]
+            connection.execute(rows.update().where(this).values(data=data))
+            return "the catalog"
     path = clients._world.root / "segments" / row.segment
     honest = path.read_bytes()
     at = row.start + _RECORD_HEADER
@@ -126,7 +129,7 @@ def test_a_result_that_cannot_be_read_is_told_and_the_run_goes_on(clients: Clien
 def test_damage_that_is_not_looked_for_is_computed_with(
     clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hash is what finds it: without, the same damage goes unnoticed to the engine."""
+    """The hashes are what finds it: without, the same damage goes unnoticed to the engine."""
 
     def read(self: Segments, path: str, start: int, size: int) -> bytes:
         with open(path, "rb") as file:  # noqa: PTH123
@@ -140,4 +143,10 @@ def test_damage_that_is_not_looked_for_is_computed_with(
     clients.kill()
     assert failure(clients, 0, 1) is not None
     monkeypatch.setattr(Segments, "_read", read)
+
+    def content(*where: Any) -> bytes | None:
+        connection, segments, key, seq, part = where
+        return contents.get(connection, segments, Address(key.id, key.generation, seq), part)
+
+    monkeypatch.setattr(journal, "_content", content)
     assert failure(clients, 0, 1) is None

@@ -13,6 +13,7 @@ from holdfast.catalog import Catalog
 from holdfast.catalog.tables import snapshots
 from holdfast.runs import doctor
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.segments import Segments
 from holdfast.store import Manifest, ObjectStore, open_store
 from tests.store.samples import manifest_of
 from tests.store.storage import MemoryObjects, Storage
@@ -47,6 +48,7 @@ async def test_what_another_server_keeps_in_the_same_storage_is_left_to_it(tmp_p
     """Starting, sweeping and repairing with another catalog lets go of nothing of its runs."""
     theirs = Catalog.open_file(tmp_path / "theirs.db")
     ours = Catalog.open_file(tmp_path / "ours.db")
+    segments = Segments(tmp_path / "segments")
     storage = Storage()
     with ObjectStore(MemoryObjects(storage)) as store, ObjectStore(MemoryObjects(storage)) as other:
         checkpoints = Checkpoints(store, theirs)
@@ -56,16 +58,16 @@ async def test_what_another_server_keeps_in_the_same_storage_is_left_to_it(tmp_p
         await theirs.write(lambda c: _add_run_with_snapshot(c, newer))
 
         assert await Checkpoints(other, ours).discard_orphans() == 0
-        found = await doctor.examine(other, ours)
+        found = await doctor.examine(other, ours, segments)
         assert found.ok and found.repairable
         assert list(found.lost_runs) == ["3f0c:train:0"]
         repaired = await doctor.repair(other, ours)
         assert [key.name for key in repaired.named] == ["auto.2"]
-        found = await doctor.examine(other, ours)
+        found = await doctor.examine(other, ours, segments)
         assert found.ok and not found.repairable
 
         assert {id for id, _ in store.unnamed()} == {older, newer}
-        assert (await doctor.examine(store, theirs)).lost_recovery_points == {}
+        assert (await doctor.examine(store, theirs, segments)).lost_recovery_points == {}
     theirs.close()
     ours.close()
 

@@ -40,7 +40,7 @@ def add_run(connection: sa.Connection) -> None:
 
 
 def add(connection: sa.Connection, segments: Segments, seq: int, body: bytes) -> None:
-    entry = Entry(seq, "forward_backward", "hash")
+    entry = Entry(seq, "forward_backward", journal.digest(body))
     journal.add(connection, segments, KEY, entry, now=1.0, body=body)
 
 

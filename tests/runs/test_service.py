@@ -341,9 +341,10 @@ class Clients(RuleBasedStateMachine):
         except RunError as error:
             assert error.code == "sequence_conflict"
         else:
-            # The row goes some time after its outcome was read.
+            # The row goes some time after its outcome was read, or was the answer itself.
             assert answer == op.request_id
-            assert op.read_at is not None and self._now - op.read_at >= KEPT_AFTER_READ - 1
+            since = self._kept_since(op)
+            assert since is not None and self._now - since >= KEPT_AFTER_READ - 1
 
     # --- What happens to the server ----------------------------------------------------------
 
@@ -550,13 +551,24 @@ class Clients(RuleBasedStateMachine):
             self._check_state(key, saved.state, saved.optimizer)
         runs = {run.id: run for run in self.all}
         for key, _ in store.names():
-            if key.run in murky or key in self.names:
+            if key.run in murky or key in self.names or self._never_told(runs[key.run], key):
                 continue
             assert key.name.startswith("auto."), f"{key} should not be there"
             run, position = runs[key.run], int(key.name.removeprefix("auto."))
             assert run.cut is None or position < run.cut
             run.interpret(position, self._now)
             self._check_state(key, run.history[position], optimizer=True)
+
+    def _never_told(self, run: ModelRun, key: NameKey) -> bool:
+        """Whether the outcome of a save of that name was asked for when it was not kept any more."""
+        return any(
+            isinstance(op.body, (Save, SaveSampler))
+            and op.body.name == key.name
+            and op.seen is not None
+            and op.seen.failure is not None
+            and op.seen.failure.code == "result_expired"
+            for op in run.ops.values()
+        )
 
     def _check_state(self, key: NameKey, expected: ToyState, optimizer: bool) -> None:
         store = self._world.store

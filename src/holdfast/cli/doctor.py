@@ -40,12 +40,13 @@ def command(repair: bool, data_dir: Path, store: str | None, as_json: bool) -> N
         (existing if repair else looked_at)(directory, store) as opened,
         exclusive(directory) if repair else nullcontext(),
     ):
+        parts = opened.store, opened.catalog, opened.segments
         with bytes_progress("reading everything in the store", None) as show:
-            found = asyncio.run(doctor.examine(opened.store, opened.catalog, progress=show))
+            found = asyncio.run(doctor.examine(*parts, progress=show))
         if repair and found.repairable:
             repaired = asyncio.run(doctor.repair(opened.store, opened.catalog))
             with bytes_progress("looking again", None) as show:
-                found = asyncio.run(doctor.examine(opened.store, opened.catalog, progress=show))
+                found = asyncio.run(doctor.examine(*parts, progress=show))
     if as_json:
         print_json(_document(found, repaired))
     else:
@@ -90,6 +91,7 @@ def _show(found: Diagnosis, repaired: Repaired | None) -> None:
 def _problems(found: Diagnosis) -> list[tuple[str, str]]:
     """What is wrong: its kind, which stays, and a text."""
     problems = [(error.code, str(error)) for error in found.damage]
+    problems += [(error.code, error.message) for error in found.journal_damage]
     problems += [
         ("recovery_point_missing", f"run {run} lives, and its recovery point {id} is not there")
         for run, id in found.lost_recovery_points.items()

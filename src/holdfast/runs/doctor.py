@@ -16,8 +16,10 @@ import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import runs, snapshots
-from holdfast.runs import stored
+from holdfast.runs import journal, stored
 from holdfast.runs.checkpoints import Checkpoints, Differences
+from holdfast.runs.errors import RunError
+from holdfast.runs.segments import Segments
 from holdfast.store import Manifest, MissingManifest, NameKey, Store, StoreError
 from holdfast.store.base import Progress
 
@@ -39,6 +41,8 @@ class Diagnosis:
     orphan_blobs: int
     orphan_size: int
     differences: Differences
+    journal_damage: tuple[RunError, ...] = ()
+    """Bodies and results of operations that are not what was written."""
     lost_recovery_points: Mapping[str, str] = field(default_factory=dict)
     """Live runs whose newest recovery point the store does not have, and its manifest."""
     lost_runs: Mapping[str, Manifest] = field(default_factory=dict)
@@ -54,7 +58,8 @@ class Diagnosis:
     @property
     def ok(self) -> bool:
         lost = self.lost_runs and not self.shared
-        return not (self.damage or self.differences or lost or self.lost_recovery_points)
+        damage = self.damage or self.journal_damage or self.lost_recovery_points
+        return not (damage or self.differences or lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,9 @@ class Repaired:
     """States of lost runs, which can be resumed from these names."""
 
 
-async def examine(store: Store, catalog: Catalog, *, progress: Progress | None = None) -> Diagnosis:
+async def examine(
+    store: Store, catalog: Catalog, segments: Segments, *, progress: Progress | None = None
+) -> Diagnosis:
     """Read everything. Beside a running server, what it changes meanwhile may show as well."""
     differences = await Checkpoints(store, catalog).differences()
     report = await asyncio.to_thread(store.verify, progress=progress)
@@ -85,6 +92,7 @@ async def examine(store: Store, catalog: Catalog, *, progress: Progress | None =
         orphan_blobs=max(0, report.blobs - len(used)),
         orphan_size=max(0, report.size - sum(used.values())),
         differences=differences,
+        journal_damage=tuple(await catalog.read(lambda c: journal.damage(c, segments))),
         lost_recovery_points=await _lost_recovery_points(store, catalog),
         lost_runs=_without_name(
             reached, await _newest_intact(store, await _of_lost_runs(reached, catalog))

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from holdfast.catalog.tables import contents, operations, runs, sessions, snapshots
 from holdfast.runs.bodies import MISSING
-from holdfast.runs.contents import Address, get, put, remove
+from holdfast.runs.contents import Address, Part, get, put, remove
 from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
 from holdfast.runs.segments import JournalDamaged, Segments
@@ -83,6 +83,7 @@ _ADD = operations.insert()
 _NOTE_REQUEST = runs.update().where(_THIS_RUN)
 _CHANGE = operations.update().where(_THIS_ONE)
 _OUTCOME = sa.select(operations.c.kind, operations.c.state, operations.c.error).where(_THIS_ONE)
+_HASHES = sa.select(operations.c.body_hash, operations.c.result_hash).where(_THIS_ONE)
 _RECORD = sa.select(operations.c.target, operations.c.result_hash, operations.c.error).where(
     _THIS_ONE
 )
@@ -212,8 +213,27 @@ def record(connection: Connection, key: RunKey, seq: int) -> Record:
 
 def body(connection: Connection, segments: Segments, key: RunKey, seq: int) -> bytes:
     """Read an operation's body, which must be kept still. Raises JournalDamaged."""
-    found = get(connection, segments, _address(key, seq), "body")
+    found = _content(connection, segments, key, seq, "body")
     assert found is not None, f"the body of {key.request_id(seq)} is gone"
+    return found
+
+
+def _content(
+    connection: Connection, segments: Segments, key: RunKey, seq: int, part: Part
+) -> bytes | None:
+    """A body or result, None when it is not kept any more. Raises JournalDamaged.
+
+    It must have the hash that was recorded with it: a database finds no flipped bit.
+    """
+    found = get(connection, segments, _address(key, seq), part)
+    row = connection.execute(_HASHES, _this_one(key, seq)).one_or_none()
+    if found is None or row is None:
+        return None
+    expected = row.body_hash if part == "body" else row.result_hash
+    if digest(found) != expected:
+        raise JournalDamaged(
+            "the catalog", f"is damaged: the {part} of request {key.request_id(seq)} has changed"
+        )
     return found
 
 
@@ -236,11 +256,23 @@ def outcome(connection: Connection, segments: Segments, key: RunKey, seq: int) -
     if row.error is not None:
         return Outcome(row.kind, failure=Failure.from_json(row.error))
     try:
-        result = get(connection, segments, _address(key, seq), "result")
+        result = _content(connection, segments, key, seq, "result")
     except JournalDamaged as error:
         message = f"request {key.request_id(seq)} was done, but its result is lost: {error.message}"
         return Outcome(row.kind, failure=Failure(error.code, message, error.category))
     return expired(key, seq) if result is None else Outcome(row.kind, result=result)
+
+
+def damage(connection: Connection, segments: Segments) -> list[JournalDamaged]:
+    """Read every body and result that is kept: which are not what was written."""
+    kept = sa.select(contents.c.run_id, contents.c.generation, contents.c.seq, contents.c.part)
+    found = []
+    for run, generation, seq, part in connection.execute(kept).all():
+        try:
+            _content(connection, segments, RunKey(run, generation), seq, part)
+        except JournalDamaged as error:
+            found.append(error)
+    return found
 
 
 def expired(key: RunKey, seq: int) -> Outcome:

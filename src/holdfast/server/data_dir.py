@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
+from holdfast.runs.segments import Segments
 from holdfast.store import Store, StoreError, check_url, open_store
 
 CATALOG = "catalog.db"
@@ -31,6 +32,11 @@ class DataDir:
     path: Path
     catalog: Catalog
     store: Store
+
+    @property
+    def segments(self) -> Segments:
+        """Of the catalog's journal."""
+        return Segments(self.path / SEGMENTS)
 
 
 @contextmanager
