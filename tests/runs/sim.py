@@ -166,8 +166,9 @@ class SimCatalog(Catalog):
         self._world = world
         self._engine = _shared_engine()
         _catalog_file[:] = [world.root / "catalog.db"]
-        self._writer = self._engine.connect()
+        self._writer = self._writer_connection()
         self._before_commit = []
+        self._epoch = None
         self._since_checkpoint = 0
         self._batch: list[database._Work[Any]] = []
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -291,3 +293,73 @@ def test_a_damaged_name_is_replaced_or_deleted_only_when_asked_to(tmp_path: Path
             store.amend(key, public=True)
         repair()
         assert store.resolve(key) in (manifest.id, None)
+
+
+class _Refused(Exception):
+    pass
+
+
+def test_what_is_raised_before_a_change_breaks_it_off(stores: tuple[Store, Store]) -> None:
+    store, other = stores
+    first, second = made(store, b"1"), made(store, b"2", name=None)
+    key = key_of(first)
+    third = dataclasses.replace(first, seq=99)
+    store.set_name(key, store.publish(first))
+    for manifest in (second, third):
+        store.publish(manifest)
+    refused = made(store, b"3", name=None)
+
+    def refuse() -> None:
+        raise _Refused
+
+    store.before_change(refuse)
+    changes: list[Callable[[], object]] = [
+        lambda: store.publish(refused),
+        lambda: store.publish(made(store, b"4", name="other")),
+        lambda: store.set_name(key, third.id, replace=True),
+        lambda: store.amend(key, public=True),
+        lambda: store.delete_name(key),
+        lambda: store.discard(second.id),
+        store.sweep,
+    ]
+    for change in changes:
+        with pytest.raises(_Refused):
+            change()
+    assert dict(other.names()) == {key: first.id}
+    assert dict(other.unnamed()) == {second.id: second}
+    with pytest.raises(MissingManifest):
+        other.read_manifest(refused.id)
+    # Nothing of what was broken off is in the way of others.
+    other.set_name(key, third.id, replace=True)
+    other.discard(second.id)
+    assert store.resolve(key) == third.id
+
+
+@pytest.mark.parametrize("stores", ["local disk", "storage in memory", "S3 server"], indirect=True)
+def test_a_name_that_was_changed_after_the_question_is_not_moved_without_another_one(
+    stores: tuple[Store, Store],
+) -> None:
+    """Whoever is held up between the question and the change does not undo what came meanwhile."""
+    store, other = stores
+    mine, theirs = made(store, b"mine"), made(store, b"theirs")
+    key = key_of(mine)
+    for manifest in (mine, theirs):
+        store.publish(manifest)
+    asked = 0
+    overtaking = Thread(target=lambda: other.set_name(key, theirs.id, replace=True))
+
+    def held_up() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            overtaking.start()
+            overtaking.join(0.3)
+        else:
+            raise _Refused
+
+    store.before_change(held_up)
+    with suppress(_Refused):
+        store.set_name(key, mine.id, replace=True)
+    overtaking.join()
+    # Either it was asked again, or the other one had to wait until it was done.
+    assert store.resolve(key) == theirs.id

@@ -15,15 +15,21 @@ from typing import Any, Generic, NoReturn, Self, TypeVar
 import sqlalchemy as sa
 
 from holdfast import failpoints
+from holdfast.catalog import epoch
+from holdfast.catalog.epoch import EpochLost
 from holdfast.catalog.migrations import upgrade
 
 T = TypeVar("T")
 
 SYNC_FAILED = 74
 """The exit status of a process whose disk failed to sync: EX_IOERR of sysexits.h."""
+TAKEN_OVER = 75
+"""That of a server whose place another one has taken: EX_TEMPFAIL, since it is no error."""
 
 _MOST_IN_ONE_COMMIT = 256
 _WRITES_BETWEEN_CHECKPOINTS = 256
+_WRITES = "holdfast_writes"
+"""The option of the connection that writes."""
 _LARGEST_IDLE_LOG = 16 << 20
 """Bytes that the write-ahead log keeps on the disk when it is empty."""
 
@@ -56,6 +62,7 @@ class Catalog:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._before_commit: list[Callable[[], None]] = []
+        self._epoch: int | None = None
         self._since_checkpoint = 0
         self._queue: queue.SimpleQueue[_Work[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
@@ -114,6 +121,28 @@ class Catalog:
         """
         self._before_commit.append(call)
 
+    async def claim(self, holder: str) -> int:
+        """Take the catalog for a server, described by `holder`; the epoch that it begins.
+
+        From then on every write of this object is made only as long as no other server has done
+        the same: the process ends with TAKEN_OVER otherwise, and what it was about to commit is
+        not stored.
+        """
+        assert self._epoch is None, "claimed already"
+        self._epoch = await self.write(lambda c: epoch.begin(c, holder))
+        return self._epoch
+
+    def verify_epoch(self) -> None:
+        """End the process if another server has taken the catalog over since it was claimed.
+
+        Before a change anywhere else than in the catalog. Raises CatalogUnavailable.
+        """
+        if self._epoch is None:
+            return
+        found = self.read_now(epoch.current)
+        if found.number != self._epoch:
+            _end_taken_over(epoch.lost(found, self._epoch))
+
     def close(self) -> None:
         """Finish what is queued and close. Idempotent."""
         if self._thread.is_alive():
@@ -122,7 +151,7 @@ class Catalog:
         self._engine.dispose()
 
     def _run(self) -> None:
-        with self._engine.connect() as connection:
+        with self._writer_connection() as connection:
             while True:
                 batch = [self._queue.get()]
                 while len(batch) < _MOST_IN_ONE_COMMIT:
@@ -134,6 +163,9 @@ class Catalog:
                 if None in batch:
                     return
 
+    def _writer_connection(self) -> sa.Connection:
+        return self._engine.connect().execution_options(**{_WRITES: True})
+
     def _commit(self, batch: list[_Work[Any]], connection: sa.Connection) -> None:
         """Perform and commit, then tell those who wait."""
         if not batch:
@@ -141,7 +173,7 @@ class Catalog:
         try:
             try:
                 self._transact(connection, batch, _perform)
-            except (sa.exc.OperationalError, SyncFailed):
+            except (sa.exc.OperationalError, SyncFailed, EpochLost):
                 raise
             except Exception:
                 self._transact(connection, batch, _perform_each)
@@ -153,6 +185,8 @@ class Catalog:
                 item.error = unavailable
         except SyncFailed as error:
             _end_process(f"the journal was not synced: {error}")
+        except EpochLost as error:
+            _end_taken_over(error)
         except Exception as error:  # a defect: nobody waits for ever because of it
             _log.exception("the catalog's writer failed")
             for item in batch:
@@ -170,6 +204,8 @@ class Catalog:
         perform: Callable[[sa.Connection, _Work[Any]], None],
     ) -> None:
         with connection.begin():
+            if self._epoch is not None:
+                epoch.check(connection, self._epoch)
             for item in batch:
                 perform(connection, item)
             for call in self._before_commit:
@@ -243,7 +279,10 @@ def _configure_sqlite(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
+        # A writer waits for the lock here. A transaction that has read before it writes cannot
+        # wait: it fails if another process has written in between.
+        writes = connection.get_execution_options().get(_WRITES)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _checkpoint(connection: sa.Connection) -> None:
@@ -262,6 +301,11 @@ def _checkpoint(connection: sa.Connection) -> None:
         if error.sqlite_errorname.endswith("_FSYNC"):
             _end_process(f"the catalog was not synced: {error}")
         _log.warning("the catalog's log was not moved into the database: %s", error)
+
+
+def _end_taken_over(error: EpochLost) -> NoReturn:
+    _log.critical("%s; nothing more of what this server does is kept, and it ends", error)
+    os._exit(TAKEN_OVER)
 
 
 def _end_process(message: str) -> NoReturn:

@@ -28,6 +28,16 @@ metadata = MetaData(
     }
 )
 
+# One row: which server has the catalog. Each start of one raises the number.
+epoch = Table(
+    "epoch",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("holder", String),  # machine and process that raised it last
+    Column("raised", Float),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

@@ -89,7 +89,24 @@ def check_ttl(seconds: int | None) -> None:
 
 
 class Checkpoints:
-    """Saves, resolves, lists and changes checkpoints on behalf of an owner."""
+    """Saves, resolves, lists and changes checkpoints on behalf of an owner.
+
+    The store is the truth, and knows of no epoch. A server asks for the catalog's before each
+    change (`Store.before_change`), and ends when another one has taken over. One that was suspended
+    between the question and the change makes this one change when it comes back, and no other,
+    since the row that follows is refused. It does no harm:
+
+    - A manifest without a name is an orphan, since no row refers to it: the next start discards it.
+    - A name moves only if it is as it was before the question, hence before anything that the new
+      server did to it. If that comes to the same save, whose submission is in the journal, it finds
+      the checkpoint made by the same request and settles the save with it, or replaces it by its
+      own: the state at the same place in the same order, the same bytes. A name that it has not
+      asked for (a copy, a changed expiry) is what the client asked of the old server and was not
+      told; the client asks again, or the next start lists what there is.
+    - A name that is deleted was to be deleted; the client asks the new server again. Only a name
+      that was saved anew between that and the old server's return would go with it, and only in an
+      object storage: on a disk the old server holds the names' lock meanwhile.
+    """
 
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store

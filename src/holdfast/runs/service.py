@@ -113,6 +113,7 @@ class Runs:
     ) -> None:
         self.catalog = catalog
         catalog.before_commit(segments.sync)
+        store.before_change(catalog.verify_epoch)
         self.engines = engines
         self.checkpoints = Checkpoints(store, catalog)
         self.samplers = Samplers(catalog, self.checkpoints, engines)

@@ -60,6 +60,7 @@ def serve(settings: Settings) -> None:
                     f"{settings.host} can be reached from other machines, and there is no API key"
                     " yet: make one with `holdfast key create`, or listen on 127.0.0.1"
                 )
+            _log.info("started", epoch=_claim(catalog))
             app = create_app(settings, catalog, store, _starter(settings, where))
             port = listening.getsockname()[1]
             _announce(settings, where, port)
@@ -78,6 +79,14 @@ def serve(settings: Settings) -> None:
         finally:
             store.close()
             catalog.close()
+
+
+def _claim(catalog: Catalog) -> int:
+    """Take the catalog; the epoch that this server begins."""
+    try:
+        return asyncio.run(catalog.claim(f"process {os.getpid()} on {socket.gethostname()}"))
+    except CatalogUnavailable as error:
+        raise CannotServe(str(error)) from error
 
 
 class _Server(uvicorn.Server):

@@ -95,6 +95,15 @@ class Store(ABC):
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
+        self._before_change: list[Callable[[], None]] = []
+
+    def before_change(self, call: Callable[[], None]) -> None:
+        """Have `call` made before each change that others see; what it raises breaks that off.
+
+        A name moves only if it is still what it was before the call. Blobs are not asked for: they
+        can be put by anybody.
+        """
+        self._before_change.append(call)
 
     @abstractmethod
     def put_blob(self, parts: Iterable[bytes | memoryview]) -> Blob:
@@ -268,6 +277,10 @@ class Store(ABC):
 
         A damaged record is replaced if the empty text, which is no id, is accepted.
         """
+
+    def _about_to_change(self) -> None:
+        for call in self._before_change:
+            call()
 
     @abstractmethod
     def _copies(self, blob: Blob, what: str) -> Sequence[Copy]:

@@ -102,6 +102,7 @@ class LocalStore(Store):
             file.sync()
             with self._disk.changing():
                 self._check_blobs(manifest)
+                self._about_to_change()
                 if manifest.name is not None:
                     self._disk.mark_fresh(manifest_id)
                 self._files.rename(temporary, self._disk.path(directory, manifest_id))
@@ -130,6 +131,7 @@ class LocalStore(Store):
     def discard(self, manifest_id: str) -> bool:
         check_id(manifest_id)
         with self._disk.doing(f"discarding manifest {manifest_id}"):
+            self._about_to_change()
             # Not unlinked: it may be pinned, and the blobs of a pinned manifest must stay.
             return self._disk.remove_durably("unnamed", manifest_id, to="manifests")
 
@@ -181,6 +183,7 @@ class LocalStore(Store):
                         return current
                 if self._files.stat(self._disk.path("manifests", manifest_id)) is None:
                     raise MissingManifest(f"manifest {manifest_id} was removed meanwhile")
+                self._about_to_change()
                 # Also when it points there already: whoever did that may not have synced it.
                 self._files.rename(temporary, self._disk.path("names", entry))
             self._disk.sync_dir("names")
@@ -197,6 +200,7 @@ class LocalStore(Store):
             self._disk.changing(),
             self._disk.naming(),
         ):
+            self._about_to_change()
             try:
                 there = self._current(self._disk.read_record(entry)) is not None
             except CorruptName:
@@ -219,6 +223,7 @@ class LocalStore(Store):
 
     def sweep(self) -> SweepReport:
         with self._disk.doing("sweeping"):
+            self._about_to_change()
             return self._sweeper.sweep()
 
     def verify(

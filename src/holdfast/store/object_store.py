@@ -133,6 +133,7 @@ class ObjectStore(Store):
             return manifest_id
         dead: set[str] = set()
         while True:
+            self._about_to_change()
             cell = ManifestCell("staged", self._choose(manifest, dead), manifest)
             key = new_manifest_key(manifest_id, unnamed=unnamed)
             try:
@@ -193,6 +194,7 @@ class ObjectStore(Store):
 
     def discard(self, manifest_id: str) -> bool:
         there = False
+        self._about_to_change()
         while kept := list(self._kept(check_id(manifest_id))):
             there = True
             for entry in kept:
@@ -265,6 +267,7 @@ class ObjectStore(Store):
                     return current
             elif entry is None and not accepts(None):
                 return None
+            self._about_to_change()
             # First said, then looked for: what is there afterwards no sweep removes.
             pending = self._write_name(key, entry, NameCell(cell.record, cell.copy, manifest_id))
             if pending is not None:
@@ -302,6 +305,7 @@ class ObjectStore(Store):
             if record is None:
                 return False
             there = self._current(record) is not None
+        self._about_to_change()
         # Without a condition: one that is set meanwhile is deleted as well, as by a later call.
         self._objects.delete([entry.key])
         return there
@@ -318,6 +322,7 @@ class ObjectStore(Store):
     # Looking after it
 
     def sweep(self) -> SweepReport:
+        self._about_to_change()
         return self._sweeper.sweep()
 
     def verify(

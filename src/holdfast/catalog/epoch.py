@@ -1,0 +1,63 @@
+"""Whose catalog it is: a number that each start of a server raises, and who raised it.
+
+A server that was suspended, or cut off, may come back when another one has taken its place. What it
+still has in hand must change nothing: each of its transactions reads the number first, and goes on
+only if that is the one that it raised itself. The number cannot change between that and the commit:
+on SQLite the transaction has the database's write lock by then, elsewhere it locks the row.
+
+Whoever writes beside a server (keys, imports) has raised nothing and is not asked.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from holdfast.catalog.tables import epoch
+
+_READ = sa.select(epoch.c.number, epoch.c.holder, epoch.c.raised)
+_LOCK = sa.select(epoch.c.number).with_for_update(read=True)
+
+
+class EpochLost(Exception):
+    """Another server has taken the catalog over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The server that started last."""
+
+    number: int
+    holder: str | None
+    """Which machine and process it was; None before the first one."""
+    raised: float | None
+    """When it started, in UTC seconds."""
+
+
+def current(connection: sa.Connection) -> Epoch:
+    """The epoch as it is now."""
+    return Epoch(*connection.execute(_READ).one())
+
+
+def begin(connection: sa.Connection, holder: str) -> int:
+    """Begin the next epoch; its number."""
+    values = {"number": epoch.c.number + 1, "holder": holder, "raised": time.time()}
+    connection.execute(epoch.update().values(values))
+    return current(connection).number
+
+
+def check(connection: sa.Connection, mine: int) -> None:
+    """Raises EpochLost unless the epoch is `mine`, and will be until this transaction ends."""
+    if connection.scalar(_LOCK) != mine:
+        raise lost(current(connection), mine)
+
+
+def lost(found: Epoch, mine: int) -> EpochLost:
+    """The error that says who has taken over, and when."""
+    since = "" if found.raised is None else time.strftime(" at %FT%TZ", time.gmtime(found.raised))
+    return EpochLost(
+        f"{found.holder or 'another server'} has taken this catalog over{since}: "
+        f"the epoch is {found.number}, and {mine} was this server's"
+    )
