@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
@@ -62,6 +63,46 @@ def test_without_that_limit_it_holds_them_all() -> None:
     (worker,) = clients._world.lives
     assert len(worker.states) == RUNS
     clients.close()
+
+
+def test_a_burst_of_new_runs_waits_for_others_to_leave() -> None:
+    """Each is written before it leaves, which takes longer than making it."""
+    clients = Clients()
+    clients.world = World(1, adapter_memory=6000)
+    clients.open_session("python")
+    sizes = []
+    for _ in range(RUNS):
+        clients.create(pick=1, rank=1)
+        sizes.append(clients._world.runs.engines[NAME].residents.size)
+    for run in clients.all:
+        clients._submit(run, FORWARD_BACKWARD, batch(1))
+    while any(run.ops[1].seen is None for run in clients.all):
+        clients._world.let(0.01)
+        sizes.append(clients._world.runs.engines[NAME].residents.size)
+        for run in clients.all:
+            run.ops[1].seen = run.ops[1].seen or clients._poll(run.ops[1], 0.0)[0]
+    clients.all_end()
+    clients._check_logs()
+    clients.close()
+    assert max(sizes) <= 6000 + 2 * 600
+
+
+@pytest.mark.anyio
+async def test_room_is_waited_for_as_long_as_somebody_is_about_to_leave() -> None:
+    residents = Residents(100)
+    for key in "ab":
+        residents.put(key, lambda: None)
+        residents.used(key, 60)
+    assert not residents.has_room
+    waiting = asyncio.create_task(residents.room())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    residents.gone("a")
+    await waiting
+    residents.put("c", lambda: None)  # taken to be as large as the last
+    assert residents.size == 120 and not residents.has_room
+    residents.stays("b")  # nobody can leave: it is given more than it should have
+    await residents.room()
 
 
 def test_those_used_longest_ago_leave_first() -> None:

@@ -560,7 +560,7 @@ class Clients(RuleBasedStateMachine):
             self._check_state(key, run.history[position], optimizer=True)
 
     def _never_told(self, run: ModelRun, key: NameKey) -> bool:
-        """Whether the outcome of a save of that name was asked for when it was not kept any more."""
+        """Whether a save of that name was asked about only when its outcome had expired."""
         return any(
             isinstance(op.body, (Save, SaveSampler))
             and op.body.name == key.name

@@ -14,6 +14,7 @@ from torch import Tensor
 from holdfast.engine.base import Base
 from holdfast.engine.batch import CheckedBatch, check
 from holdfast.engine.forward import Network, forward, forward_backward, split_rows
+from holdfast.engine.heap import Heap
 from holdfast.engine.interface import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -68,6 +69,7 @@ class Core:
         self._slots = Slots(base)
         self._sampler = Sampler(base, self._network, token_budget)
         self._runs: dict[str, TrainingState] = {}
+        self._heap = Heap()
         self._adapters: OrderedDict[tuple[str, ...], _CachedAdapter] = OrderedDict()
         self._spare: Tensor | None = None
 
@@ -196,6 +198,9 @@ class Core:
         state = self._runs.pop(run, None)
         if state is not None:
             self._slots.release(state.weights)
+            size = 4 * state.weights.nbytes  # two moments and gradients besides, once it trained
+            del state
+            self._heap.freed(size)
 
     def _check_config(self, config: RunConfig) -> tuple[str, ...]:
         """The modules that a run adapts. Raises EngineError (user) for what cannot be trained."""

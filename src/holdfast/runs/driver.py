@@ -82,6 +82,9 @@ class Driver:
         run, order = self._run, self._run.order
         run.wake.clear()
         due = order.next(time.monotonic())
+        if due is not None and self._leaving:
+            self._leaving = False
+            self._placement.stays()
         # A save that was copied but not published when its worker died is taken again.
         if not self._placement.held and order.any_unsettled_below(order.position + 1):
             await self._attach_alone()
@@ -185,6 +188,7 @@ class Driver:
             try:
                 await self._keep()
                 await self._evict()
+                self._placement.stays()
             except (WorkerDied, EngineError):
                 self._placement.lost()
         for seconds, then in (
@@ -258,7 +262,6 @@ class Driver:
 
     async def _take(self, entry: Entry) -> None:
         run, order = self._run, self._run.order
-        self._leaving = False
         creating = entry.kind in (bodies.CREATE, bodies.CREATE_FROM_STATE)
         try:
             if not creating and not await self._recovery.attach():

@@ -47,6 +47,8 @@ class Host:
         """Counts starts: a run whose state was put into another life is no longer there."""
         self.turns = Turns()
         """One is held while an operation computes, so that runs take turns."""
+        self._entrance = Turns()
+        """One is held while a state waits for room in the worker, and is given to it."""
         self.residents = Residents(adapter_memory)
         """The runs whose state the worker holds."""
         self._writing: set[asyncio.Task[None]] = set()
@@ -128,17 +130,19 @@ class Host:
         """The worker and its life, for one operation that gives it a state.
 
         It computes nothing else meanwhile; when it dies, the next one gets a new worker. Those
-        that are `wanted` go first.
+        that are `wanted` go first. Runs that are about to leave its memory do so before.
         """
-        async with self.turns.take(wanted):
-            engine, _, life = await self.engine()
-            try:
-                yield engine, life
-            except StateGone:
-                raise
-            except WorkerDied:
-                self.lost(life)
-                raise
+        async with self._entrance.take(wanted):
+            await self.residents.room()
+            async with self.turns.take(wanted):
+                engine, _, life = await self.engine()
+                try:
+                    yield engine, life
+                except StateGone:
+                    raise
+                except WorkerDied:
+                    self.lost(life)
+                    raise
 
     def writes(self, task: asyncio.Task[None]) -> None:
         """The worker writes a copied state, until that task is done."""

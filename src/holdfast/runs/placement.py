@@ -87,6 +87,11 @@ class Placement:
         if self.held and self.host is not None and ADAPTER_WEIGHTS in manifest_files:
             self.host.residents.used(self.key, 4 * manifest_files[ADAPTER_WEIGHTS].size)
 
+    def stays(self) -> None:
+        """The worker keeps the state, if it holds it still: it could not leave."""
+        if self.held and self.host is not None:
+            self.host.residents.stays(self.key)
+
     @property
     def held_by(self) -> tuple[Host, int]:
         """The host and its life that hold the state, which must be held."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+
+ROOM_TAKES = 60.0
+"""Seconds for which a state that is to be given to a worker waits for others to leave."""
 
 
 @dataclass(slots=True)
 class _Resident:
     leave: Callable[[], None]
-    size: int = 0
+    size: int
+    leaving: bool = False
 
 
 class Residents:
@@ -19,19 +25,35 @@ class Residents:
         self._limit = limit
         self._by_key: dict[str, _Resident] = {}
         self._size = 0
+        self._usual = 0
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._by_key)
 
     @property
     def size(self) -> int:
-        """Bytes that they take, as far as is known."""
+        """Bytes that they take; one of which that is not known yet is taken for the last known."""
         return self._size
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may come: all fit, or nobody is about to leave."""
+        return self._size < self._limit or not any(x.leaving for x in self._by_key.values())
+
+    async def room(self) -> None:
+        """Wait until there is room, for a while at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ROOM_TAKES):
+                while not self.has_room:
+                    self._changed.clear()
+                    await self._changed.wait()
 
     def put(self, key: str, leave: Callable[[], None]) -> None:
         """The worker has been given that run's state; `leave` asks the run to take it away."""
         self.gone(key)
-        self._by_key[key] = _Resident(leave)
+        self._by_key[key] = _Resident(leave, 0)
+        self.used(key, self._usual)
 
     def used(self, key: str, size: int | None = None) -> None:
         """The run computes, or is now known to take so many bytes. Makes room where need be."""
@@ -39,23 +61,38 @@ class Residents:
         if resident is None:
             return
         self._by_key[key] = resident
+        self._stays(resident)
         if size is not None:
             self._size += size - resident.size
-            resident.size = size
+            resident.size = self._usual = size
         excess = self._size - self._limit
         for other, candidate in self._by_key.items():
             if excess <= 0 or other == key:
                 return
-            candidate.leave()
+            if not candidate.leaving:
+                candidate.leaving = True
+                candidate.leave()
             excess -= candidate.size
+
+    def stays(self, key: str) -> None:
+        """A run that was asked to leave cannot: its state is nowhere else."""
+        resident = self._by_key.get(key)
+        if resident is not None:
+            self._stays(resident)
 
     def gone(self, key: str) -> None:
         """The worker holds that run no more."""
         resident = self._by_key.pop(key, None)
         if resident is not None:
             self._size -= resident.size
+            self._changed.set()
 
     def clear(self) -> None:
         """The worker has ended."""
         self._by_key.clear()
         self._size = 0
+        self._changed.set()
+
+    def _stays(self, resident: _Resident) -> None:
+        resident.leaving = False
+        self._changed.set()
