@@ -92,24 +92,28 @@ async def test_room_is_waited_for_as_long_as_somebody_is_about_to_leave() -> Non
     residents = Residents(100)
     for key in "ab":
         residents.put(key, lambda: None)
-        residents.used(key, 60)
-    assert not residents.has_room
-    waiting = asyncio.create_task(residents.room())
+        residents.takes(key, 40)
+    waiting = asyncio.create_task(residents.come())
     await asyncio.sleep(0.01)
     assert not waiting.done()
     residents.gone("a")
     await waiting
+    assert not residents.has_room  # it is kept for that one
+    residents.came()
     residents.put("c", lambda: None)  # taken to be as large as the last
-    assert residents.size == 120 and not residents.has_room
-    residents.stays("b")  # nobody can leave: it is given more than it should have
-    await residents.room()
+    assert residents.size == 80
+    waiting = asyncio.create_task(residents.come())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    residents.stays("b")  # nobody can leave: the worker is given more than it should have
+    await waiting
 
 
 def test_those_used_longest_ago_leave_first() -> None:
     residents, asked = Residents(100), list[str]()
     for key in "abc":
         residents.put(key, lambda key=key: asked.append(key))  # type: ignore[misc]
-        residents.used(key, 40)
+        residents.takes(key, 40)
     assert asked == ["a"]
     residents.used("a")  # busy: it stays, and is not the oldest any more
     assert asked == ["a", "b"]
@@ -120,8 +124,17 @@ def test_those_used_longest_ago_leave_first() -> None:
     assert len(residents) == residents.size == 0
 
 
+def test_what_is_written_of_one_that_leaves_is_no_use_of_it() -> None:
+    residents, asked = Residents(100), list[str]()
+    for key in "abc":
+        residents.put(key, lambda key=key: asked.append(key))  # type: ignore[misc]
+        residents.takes(key, 40)
+    residents.takes("a", 41)  # its last snapshot
+    assert asked == ["a"]
+
+
 def test_one_that_is_larger_than_the_limit_stays_while_it_is_used() -> None:
     residents = Residents(100)
     residents.put("a", lambda: pytest.fail("the only one was asked to leave"))
-    residents.used("a", 1000)
+    residents.takes("a", 1000)
     assert len(residents) == 1

@@ -48,7 +48,7 @@ class Host:
         self.turns = Turns()
         """One is held while an operation computes, so that runs take turns."""
         self._entrance = Turns()
-        """One is held while a state waits for room in the worker, and is given to it."""
+        """One is held while a state waits for room in the worker."""
         self.residents = Residents(adapter_memory)
         """The runs whose state the worker holds."""
         self._writing: set[asyncio.Task[None]] = set()
@@ -133,7 +133,8 @@ class Host:
         that are `wanted` go first. Runs that are about to leave its memory do so before.
         """
         async with self._entrance.take(wanted):
-            await self.residents.room()
+            await self.residents.come()
+        try:
             async with self.turns.take(wanted):
                 engine, _, life = await self.engine()
                 try:
@@ -143,6 +144,8 @@ class Host:
                 except WorkerDied:
                     self.lost(life)
                     raise
+        finally:
+            self.residents.came()
 
     def writes(self, task: asyncio.Task[None]) -> None:
         """The worker writes a copied state, until that task is done."""

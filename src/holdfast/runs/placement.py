@@ -85,7 +85,7 @@ class Placement:
         Its weights, two moments of the optimizer, and gradients.
         """
         if self.held and self.host is not None and ADAPTER_WEIGHTS in manifest_files:
-            self.host.residents.used(self.key, 4 * manifest_files[ADAPTER_WEIGHTS].size)
+            self.host.residents.takes(self.key, 4 * manifest_files[ADAPTER_WEIGHTS].size)
 
     def stays(self) -> None:
         """The worker keeps the state, if it holds it still: it could not leave."""

@@ -26,6 +26,7 @@ class Residents:
         self._by_key: dict[str, _Resident] = {}
         self._size = 0
         self._usual = 0
+        self._coming = 0
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -38,41 +39,49 @@ class Residents:
 
     @property
     def has_room(self) -> bool:
-        """Whether one more may come: all fit, or nobody is about to leave."""
-        return self._size < self._limit or not any(x.leaving for x in self._by_key.values())
+        """Whether one more may come: it fits, or all that are there are needed there."""
+        if self._expected + self._usual <= self._limit:
+            return True
+        return not self._coming and not any(x.leaving for x in self._by_key.values())
 
-    async def room(self) -> None:
-        """Wait until there is room, for a while at most."""
+    async def come(self) -> None:
+        """Wait until there is room for one more, for a while at most, and keep it until `came`."""
+        self._make_room(self._expected + self._usual - self._limit)
         with suppress(TimeoutError):
             async with asyncio.timeout(ROOM_TAKES):
                 while not self.has_room:
                     self._changed.clear()
                     await self._changed.wait()
+        self._coming += 1
+
+    def came(self) -> None:
+        """It is there, or does not come."""
+        self._coming -= 1
+        self._changed.set()
 
     def put(self, key: str, leave: Callable[[], None]) -> None:
         """The worker has been given that run's state; `leave` asks the run to take it away."""
         self.gone(key)
-        self._by_key[key] = _Resident(leave, 0)
-        self.used(key, self._usual)
+        self._by_key[key] = _Resident(leave, self._usual)
+        self._size += self._usual
+        self._make_room(self._size - self._limit, but=key)
 
-    def used(self, key: str, size: int | None = None) -> None:
-        """The run computes, or is now known to take so many bytes. Makes room where need be."""
+    def used(self, key: str) -> None:
+        """The run computes: it stays, and is the last to leave."""
         resident = self._by_key.pop(key, None)
-        if resident is None:
-            return
-        self._by_key[key] = resident
-        self._stays(resident)
-        if size is not None:
+        if resident is not None:
+            self._by_key[key] = resident
+            self._stays(resident)
+            self._make_room(self._size - self._limit, but=key)
+
+    def takes(self, key: str, size: int) -> None:
+        """It is now known how many bytes the run's state takes."""
+        self._usual = size
+        resident = self._by_key.get(key)
+        if resident is not None:
             self._size += size - resident.size
-            resident.size = self._usual = size
-        excess = self._size - self._limit
-        for other, candidate in self._by_key.items():
-            if excess <= 0 or other == key:
-                return
-            if not candidate.leaving:
-                candidate.leaving = True
-                candidate.leave()
-            excess -= candidate.size
+            resident.size = size
+            self._make_room(self._size - self._limit, but=key)
 
     def stays(self, key: str) -> None:
         """A run that was asked to leave cannot: its state is nowhere else."""
@@ -96,3 +105,19 @@ class Residents:
     def _stays(self, resident: _Resident) -> None:
         resident.leaving = False
         self._changed.set()
+
+    @property
+    def _expected(self) -> int:
+        """Bytes that they take when all have come that are about to."""
+        return self._size + self._coming * self._usual
+
+    def _make_room(self, excess: int, but: str | None = None) -> None:
+        for key, candidate in self._by_key.items():
+            if excess <= 0:
+                return
+            if key == but and not candidate.leaving:
+                continue
+            if not candidate.leaving:
+                candidate.leaving = True
+                candidate.leave()
+            excess -= candidate.size
