@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -118,10 +121,22 @@ class Failing(sqlite3.Connection):
             raise error
         super().commit()
 
+    def execute(self, statement, *args):
+        if Failing.fail and "wal_checkpoint" in statement:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+            raise error
+        return super().execute(statement, *args)
+
 async def main():
     catalog = Catalog.open_file(Path(sys.argv[1]))
     await catalog.write(lambda c: c.exec_driver_sql("INSERT INTO api_keys VALUES (1,2,3,4,5)"))
     Failing.fail = True
+    if sys.argv[2] == "checkpoint":
+        Failing.commit = sqlite3.Connection.commit
+        nothing = [catalog.write(lambda c: None) for _ in range(300)]
+        await asyncio.gather(*nothing)
+        await asyncio.sleep(5)
     if sys.argv[2] == "SyncFailed":
         Failing.fail = False
         def fail():
@@ -144,6 +159,7 @@ print("lived on")
     [
         ("SQLITE_IOERR_FSYNC", True),
         ("SyncFailed", True),
+        ("checkpoint", True),
         ("SQLITE_IOERR_WRITE", False),
     ],
 )
@@ -187,12 +203,36 @@ async def test_the_write_ahead_log_does_not_grow_with_the_number_of_writes(tmp_p
     log = tmp_path / "catalog.db-wal"
     sizes = []
     for round_ in range(4):
-        for i in range(0, 300, 10):
-            keys = [add_key(f"{round_}-{i + j}") for j in range(10)]
+        for i in range(0, 1200, 50):
+            keys = [add_key(f"{round_}-{i + j}") for j in range(50)]
             await asyncio.gather(*(catalog.write(partial(execute, key)) for key in keys))
         await catalog.write(lambda c: c.execute(tables.api_keys.delete()))
         sizes.append(log.stat().st_size)
     assert max(sizes[1:]) <= 1.5 * sizes[0]
+    catalog.close()
+
+
+@pytest.mark.anyio
+async def test_the_write_ahead_log_is_moved_as_soon_as_nobody_writes(tmp_path: Path) -> None:
+    """Not before, so that nobody waits for it."""
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    await asyncio.gather(*(catalog.write(partial(execute, add_key(str(i)))) for i in range(300)))
+
+    def in_database_alone() -> int:
+        copy = tmp_path / "copy.db"
+        shutil.copy(tmp_path / "catalog.db", copy)
+        with closing(sqlite3.connect(copy)) as connection:
+            tables = "SELECT count(*) FROM sqlite_master WHERE name = 'api_keys'"
+            if connection.execute(tables).fetchone() == (0,):
+                return 0
+            found: int = connection.execute("SELECT count(*) FROM api_keys").fetchone()[0]
+            return found
+
+    assert in_database_alone() == 0
+    deadline = time.monotonic() + 10
+    while in_database_alone() < 300:
+        assert time.monotonic() < deadline, "the log was not moved"
+        await asyncio.sleep(0.05)
     catalog.close()
 
 

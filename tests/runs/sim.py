@@ -198,6 +198,9 @@ class SimCatalog(Catalog):
             return
         self._world.point("commit")
         self._commit(batch, self._writer)
+        if self._since_checkpoint >= database._WRITES_BETWEEN_CHECKPOINTS:
+            self._since_checkpoint = 0
+            database._checkpoint(self._writer)
         self._world.point("committed")
 
     def _transact(self, *args: Any) -> None:

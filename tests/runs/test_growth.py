@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog import tables
-from holdfast.runs import bodies, contents, journal, segments
+from holdfast.runs import bodies, contents, retention, segments
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.service import Lifetimes
 
@@ -135,7 +135,7 @@ def test_nothing_grows_with_the_length_of_a_run() -> None:
 
 
 def no_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "expire", lambda *_args, **_more: 0)
+    monkeypatch.setattr(retention, "expire", lambda *_args, **_more: 0)
 
 
 def no_removal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, Self, TypeVar
@@ -28,6 +29,11 @@ TAKEN_OVER = 75
 
 _MOST_IN_ONE_COMMIT = 256
 _WRITES_BETWEEN_CHECKPOINTS = 256
+"""After so many the write-ahead log is moved into the database as soon as nobody writes."""
+_MOST_BETWEEN_CHECKPOINTS = 1024
+"""After so many in any case: eight clients at once then wait for it less than once in a hundred."""
+_GAP = 0.02
+"""Seconds without a write in which there is time for that: it takes some milliseconds."""
 _WRITES = "holdfast_writes"
 """The option of the connection that writes."""
 _LARGEST_IDLE_LOG = 16 << 20
@@ -153,7 +159,7 @@ class Catalog:
     def _run(self) -> None:
         with self._writer_connection() as connection:
             while True:
-                batch = [self._queue.get()]
+                batch = [self._next(connection)]
                 while len(batch) < _MOST_IN_ONE_COMMIT:
                     try:
                         batch.append(self._queue.get_nowait())
@@ -162,6 +168,16 @@ class Catalog:
                 self._commit([item for item in batch if item is not None], connection)
                 if None in batch:
                     return
+
+    def _next(self, connection: sa.Connection) -> _Work[Any] | None:
+        """Wait for the next write. Meanwhile move the log, when that is due."""
+        if self._since_checkpoint >= _WRITES_BETWEEN_CHECKPOINTS:
+            if self._since_checkpoint < _MOST_BETWEEN_CHECKPOINTS:
+                with suppress(queue.Empty):
+                    return self._queue.get(timeout=_GAP)
+            self._since_checkpoint = 0
+            _checkpoint(connection)
+        return self._queue.get()
 
     def _writer_connection(self) -> sa.Connection:
         return self._engine.connect().execution_options(**{_WRITES: True})
@@ -193,9 +209,6 @@ class Catalog:
                 item.error = error
         _tell(batch)
         self._since_checkpoint += len(batch)
-        if self._since_checkpoint >= _WRITES_BETWEEN_CHECKPOINTS:
-            self._since_checkpoint = 0
-            _checkpoint(connection)
 
     def _transact(
         self,
@@ -288,8 +301,9 @@ def _configure_sqlite(engine: sa.Engine) -> None:
 def _checkpoint(connection: sa.Connection) -> None:
     """Move what is in SQLite's write-ahead log to the database, so that the log starts anew.
 
-    Here, after those who wait were told, and not within a commit: they need not wait for it, and
-    SQLite keeps to itself that a sync failed there.
+    Not within a commit: those who wait for it need not wait for this, and SQLite keeps to itself
+    that a sync failed there. Nor in a thread of its own: what is written meanwhile keeps the log
+    from starting anew, so that under load it would grow for ever.
     """
     if connection.dialect.name != "sqlite":
         return

@@ -28,6 +28,12 @@ metadata = MetaData(
     }
 )
 
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of some of the rows."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
 # One row: which server has the catalog. Each start of one raises the number.
 epoch = Table(
     "epoch",
@@ -115,6 +121,14 @@ operations = Table(
     Column("read", Float),
     ForeignKeyConstraint(["run_id", "generation"], ["runs.id", "runs.generation"]),
     Index("ix_operations_state", "state"),
+    # What may be removed: see `holdfast.runs.retention`.
+    _partial("ix_operations_read", "read", where="read IS NOT NULL"),
+    _partial(
+        "ix_operations_read_results",
+        *("run_id", "generation", "read", "seq", "result_size"),
+        where="read IS NOT NULL AND result_size IS NOT NULL",
+    ),
+    _partial("ix_operations_never_shown", "settled", where="body_hash IS NULL"),
 )
 
 # The bytes of the journal: bodies and results, as long as they are kept. Large ones are in segment
@@ -130,12 +144,7 @@ contents = Table(
     Column("segment", String),
     Column("start", BigInteger),  # of its record in the segment
     Column("data", LargeBinary),  # empty when it is in a segment
-    Index(
-        "ix_contents_segment",
-        "segment",
-        sqlite_where=text("segment IS NOT NULL"),
-        postgresql_where=text("segment IS NOT NULL"),
-    ),
+    _partial("ix_contents_segment", "segment", where="segment IS NOT NULL"),
 )
 
 # Automatic and named recovery points of a run, by the position they were taken at.

@@ -12,19 +12,13 @@ from sqlalchemy import Connection
 
 from holdfast.catalog.tables import contents, operations, runs, sessions, snapshots
 from holdfast.runs.bodies import MISSING
-from holdfast.runs.contents import Address, Part, get, put, remove
+from holdfast.runs.contents import Address, Part, get, put
 from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
 from holdfast.runs.segments import JournalDamaged, Segments
 
 ENDS = frozenset({"session_ended", "model_unloaded"})
 """Codes with which operations fail that the end of their run overtook."""
-SKIPPED_KEPT = 24 * 3600.0
-"""Seconds for which a number that was skipped is remembered: far longer than clients try."""
-
-
-MOST_READ = 256 << 20
-"""Bytes of results that a run keeps after they were handed out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,14 +515,13 @@ def close(connection: Connection, key: RunKey, *, now: float) -> None:
 
 def close_session(connection: Connection, session_id: str, *, now: float) -> None:
     """A session has ended: nobody is expected to ask for the outcomes of its ended runs."""
-    mine = sa.exists().where(
-        (runs.c.id == operations.c.run_id)
-        & (runs.c.generation == operations.c.generation)
-        & (runs.c.session_id == session_id)
-        & (runs.c.state.not_in(("live", "lost")))
+    # By the runs, which are few: not by a look at every operation.
+    mine = sa.select(runs.c.id, runs.c.generation).where(
+        (runs.c.session_id == session_id) & runs.c.state.not_in(("live", "lost"))
     )
+    key = sa.tuple_(operations.c.run_id, operations.c.generation)
     connection.execute(
-        operations.update().where(mine & operations.c.read.is_(None)).values(read=now)
+        operations.update().where(key.in_(mine) & operations.c.read.is_(None)).values(read=now)
     )
 
 
@@ -538,72 +531,3 @@ def _bodies(key: RunKey) -> sa.ColumnElement[bool]:
         & (contents.c.generation == key.generation)
         & (contents.c.part == "body")
     )
-
-
-def expire(connection: Connection, *, read_before: float, read_size: int = MOST_READ) -> int:
-    """Remove what nobody needs any more; how many results and rows there were.
-
-    Results that were handed out before that time of the `ServingClock` go, and the oldest of those
-    that take more than `read_size` bytes of one run. So do whole rows, once no replay goes back to
-    them: those whose outcome was handed out, and numbers that never had a future. Skipped ones stay
-    longer, since what comes late must be known as late.
-    """
-    read = (
-        sa.select(
-            operations.c.run_id,
-            operations.c.generation,
-            operations.c.seq,
-            operations.c.read,
-            sa.func.sum(operations.c.result_size)
-            .over(
-                partition_by=(operations.c.run_id, operations.c.generation),
-                order_by=(operations.c.read.desc(), operations.c.seq.desc()),
-            )
-            .label("newer"),
-        )
-        .where(operations.c.read.is_not(None) & operations.c.result_size.is_not(None))
-        .subquery()
-    )
-    results = connection.execute(
-        sa.select(read.c.run_id, read.c.generation, read.c.seq).where(
-            (read.c.read < read_before) | (read.c.newer > read_size)
-        )
-    ).all()
-    if results:
-        remove(connection, [Address(*row) for row in results], "result")
-        connection.execute(
-            _CHANGE,
-            [{"run": r, "life": g, "number": n, "result_size": None} for r, g, n in results],
-        )
-    floors = (
-        sa.select(
-            snapshots.c.run_id, snapshots.c.generation, sa.func.min(snapshots.c.seq).label("seq")
-        )
-        .group_by(snapshots.c.run_id, snapshots.c.generation)
-        .having(sa.func.count() >= 2)
-        .subquery()
-    )
-    never_shown = operations.c.body_hash.is_(None) & (
-        operations.c.settled
-        < sa.case(
-            (operations.c.state == State.SKIPPED.value, read_before - SKIPPED_KEPT),
-            else_=read_before,
-        )
-    )
-    behind = sa.exists().where(
-        (floors.c.run_id == operations.c.run_id)
-        & (floors.c.generation == operations.c.generation)
-        & (operations.c.seq <= floors.c.seq)
-        & (operations.c.mark_at.is_(None) | (operations.c.mark_at < floors.c.seq))
-    )
-    of_ended = sa.exists().where(
-        (runs.c.id == operations.c.run_id)
-        & (runs.c.generation == operations.c.generation)
-        & (runs.c.state.not_in(("live", "lost")))
-    )
-    rows = connection.execute(
-        operations.delete().where(
-            ((operations.c.read < read_before) | never_shown) & (behind | of_ended)
-        )
-    )
-    return len(results) + rows.rowcount

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import operations, runs
 from holdfast.engine.interface import LoraConfig, RunConfig
-from holdfast.runs import bodies, contents, journal, last_state
+from holdfast.runs import bodies, contents, journal, last_state, retention
 from holdfast.runs.bodies import Body, Create, CreateFromState
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.clock import ServingClock
@@ -576,7 +576,7 @@ class Runs:
     async def _tidy(self) -> None:
         """Remove what nobody needs any more from the journal."""
         before = self._clock.now() - self.lifetimes.results_after_read
-        await self.catalog.write(partial(journal.expire, read_before=before))
+        await self.catalog.write(partial(retention.expire, read_before=before))
         await self._remove_segments()
 
     async def _remove_segments(self) -> None:
