@@ -20,6 +20,4 @@ def upgrade() -> None:
 
 def _index(name: str, columns: list[str], where: str) -> None:
     condition = sa.text(where)
-    op.create_index(
-        name, "operations", columns, sqlite_where=condition, postgresql_where=condition
-    )
+    op.create_index(name, "operations", columns, sqlite_where=condition, postgresql_where=condition)
