@@ -16,7 +16,7 @@ MOST_READ = 256 << 20
 
 # Each of these looks at what may go alone, by an index of its own (see `holdfast.catalog.tables`):
 # the writer does this every half minute, and whoever submits meanwhile waits for it.
-_BEFORE = sa.bindparam("read_before")
+_BEFORE = sa.bindparam("read_before", type_=sa.Float)
 _WAS_READ = operations.c.read.is_not(None) & operations.c.result_size.is_not(None)
 _ADDRESS = (operations.c.run_id, operations.c.generation, operations.c.seq)
 _READ_LONG_AGO = sa.select(*_ADDRESS).where(_WAS_READ & (operations.c.read < _BEFORE))
