@@ -113,11 +113,11 @@ def add(
     body: bytes | None = None,
     failure: Failure | None = None,
     mark_at: int | None = None,
-    note_request: bool = True,
+    requested: float | None = None,
 ) -> None:
     """Journal a number for the first time, or replace a skipped one by its late request.
 
-    `note_request` keeps the time as that of the run's last request.
+    `now` is the time of the `ServingClock`; `requested` becomes that of the run's last request.
     """
     if mark_at is not None:  # a skipped number has no body
         connection.execute(operations.delete().where(_at(key, entry.seq)))
@@ -137,8 +137,8 @@ def add(
     connection.execute(_ADD, values)
     if body is not None:
         put(connection, segments, _address(key, entry.seq), "body", body)
-    if note_request:
-        connection.execute(_NOTE_REQUEST, {**_this_run(key), "last_request": now})
+    if requested is not None:
+        connection.execute(_NOTE_REQUEST, {**_this_run(key), "last_request": requested})
 
 
 def settle(
@@ -487,8 +487,13 @@ def mark_read(connection: Connection, key: RunKey, seqs: Iterable[int], *, now: 
 
 
 def keep_what_was_read(connection: Connection, *, now: float) -> None:
-    """A server starts: what was read is kept for the full time again, as nobody could ask."""
+    """A server starts: what was read is kept for the full time again, as nobody could ask.
+
+    So are numbers that were refused or skipped.
+    """
     connection.execute(operations.update().where(operations.c.read.is_not(None)).values(read=now))
+    no_body = operations.c.body_hash.is_(None) & operations.c.settled.is_not(None)
+    connection.execute(operations.update().where(no_body).values(settled=now))
 
 
 def close(connection: Connection, key: RunKey, *, now: float) -> None:

@@ -250,8 +250,8 @@ class Run:
         mark_at: int | None = None,
         first: Callable[[Connection], object] | None = None,
     ) -> None:
-        now = time.time()
-        note = abs(now - self._request_noted) >= _REQUEST_NOTED_EVERY
+        now, wall = self.services.clock.now(), time.time()
+        note = abs(wall - self._request_noted) >= _REQUEST_NOTED_EVERY
 
         def work(connection: Connection) -> None:
             if first is not None:
@@ -264,7 +264,7 @@ class Run:
                 now=now,
                 body=body,
                 failure=failure,
-                note_request=note,
+                requested=wall if note else None,
                 mark_at=mark_at,
             )
 
@@ -273,7 +273,7 @@ class Run:
         except CatalogUnavailable as error:
             raise Unavailable("journal_unavailable", str(error)) from error
         if note:
-            self._request_noted = now
+            self._request_noted = wall
 
     # --- Outcomes ----------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ class Run:
         target: str | None,
         also: Callable[[Connection], object] | None,
     ) -> None:
-        now = time.time()
+        now = self.services.clock.now()
 
         def work(connection: Connection) -> None:
             journal.settle(

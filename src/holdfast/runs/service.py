@@ -519,7 +519,7 @@ class Runs:
         if state == "unloaded" or (state == "lost" and run.broken):
             state = "unloaded" if await self._keep_last_state(live) else "lost"
         await driver.drop()
-        ended, now = run.ended, time.time()
+        ended, now = run.ended, self._clock.now()
         values = {
             "state": state,
             "state_detail": ended.message,
