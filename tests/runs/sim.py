@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import CoroutineType, SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -257,6 +257,10 @@ Survives = Callable[[Disk, random.Random], Disk]
 """What is left of a disk after a loss of power."""
 
 
+async def _nobody() -> None:
+    """Asks for nothing."""
+
+
 class World:
     """The files of a server, and the server that runs over them.
 
@@ -297,6 +301,8 @@ class World:
         self.checked_at_boot: Callable[[World], None] = lambda _: None
         """What must be true of the files that a killed server left."""
         self.kills = 0
+        self.left: set[str] = set()
+        """What a server still did when it had stopped."""
         self.lives: list[ToyEngine] = []
         self.fingerprint: dict[str, Any] = {"toy": 1}
         self._quiet = False
@@ -344,10 +350,23 @@ class World:
             self.power = Power(self._survives(self.power.disk, self.random))
         self.boot()
 
-    def restart(self, within: float = 20.0) -> None:
-        """Stop in good order, which may take so many seconds, and start again."""
+    def restart(
+        self, within: float = 20.0, *, beside: Callable[[], Awaitable[None]] = _nobody
+    ) -> None:
+        """Stop in good order, which may take so many seconds, and start again.
+
+        `beside` is what clients do from a hundredth of a second before the stop on.
+        """
+
+        async def stop() -> None:
+            asking = asyncio.create_task(_as_coroutine(beside))
+            await asyncio.sleep(0.0 if beside is _nobody else 0.01)
+            await self.runs.stop(within)
+            await asking
+            self.left = {str(task) for task in asyncio.all_tasks() if _is_ours(task)}
+
         try:
-            self.loop.run_until_complete(self.runs.stop(within))
+            self.loop.run_until_complete(stop())
         except Killed:
             self.kill()
             return
@@ -454,6 +473,12 @@ class World:
 
 async def _as_coroutine(call: Callable[[], Awaitable[T]]) -> T:
     return await call()
+
+
+def _is_ours(task: asyncio.Task[Any]) -> bool:
+    """Whether a task is the server's, not a worker's or a client's."""
+    coroutine = task.get_coro()
+    return isinstance(coroutine, CoroutineType) and "/holdfast/" in coroutine.cr_code.co_filename
 
 
 _template: Path | None = None

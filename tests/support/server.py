@@ -23,8 +23,8 @@ class ServerProcess(server_process.ServerProcess):
     `models` are base models by name, beside the shipped one. The first one named is loaded at the
     start, every other one when it is first used. `settings` are fields of
     `holdfast.server.settings.Settings` that have no flag; they start the server through
-    `tests.support.serve_with` instead of the command line. `paths` are searched for modules before
-    the installed ones.
+    `tests.support.serve_with` instead of the command line, and each start reads them anew. `paths`
+    are searched for modules before the installed ones.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ServerProcess(server_process.ServerProcess):
         self.directory = directory
         self.log_file = directory / "server.log"
         self._models = dict(models or {})
-        self._settings = settings
+        self.settings = settings
         self._threads = threads
         self._environment = dict(environment or {})
         self._paths = [str(path) for path in paths]
@@ -59,7 +59,7 @@ class ServerProcess(server_process.ServerProcess):
         return self.log_file.read_text() if self.log_file.exists() else ""
 
     def command(self) -> list[str]:
-        if self._settings is None:
+        if self.settings is None:
             return super().command()
         values = {
             "data_dir": str(self.data_dir),
@@ -67,7 +67,7 @@ class ServerProcess(server_process.ServerProcess):
             "models": {name: str(path) for name, path in self._models.items()},
             "threads": self._threads,
             "device": "cpu",
-            **self._settings,
+            **self.settings,
         }
         return [sys.executable, "-m", "tests.support.serve_with", json.dumps(values)]
 

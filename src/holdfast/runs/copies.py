@@ -16,6 +16,7 @@ from holdfast.runs import bodies, journal, stored
 from holdfast.runs.checkpoints import Checkpoints, check_ttl
 from holdfast.runs.errors import RunError
 from holdfast.runs.sessions import Session, Sessions
+from holdfast.runs.stopping import Stopping
 from holdfast.store import Manifest, NameKey
 
 
@@ -35,10 +36,12 @@ class Copies:
         catalog: Catalog,
         checkpoints: Checkpoints,
         sessions: Sessions,
+        stopping: Stopping,
     ) -> None:
         self._catalog = catalog
         self._checkpoints = checkpoints
         self._sessions = sessions
+        self._stopping = stopping
         self._creating = checkpoints.creating
 
     async def copy(
@@ -58,6 +61,7 @@ class Copies:
         `ttl_seconds`. The same idempotency key gives the same copy. Raises RunError when the
         source cannot be read by any of `readers`, or the destination is taken.
         """
+        self._stopping.check()
         check_ttl(ttl_seconds)
         manifest_id, manifest = await self._checkpoints.resolve(source, readers)
         if destination is None:

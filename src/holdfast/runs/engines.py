@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 
 from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, Worker, WorkerDied
-from holdfast.runs.errors import RunError
+from holdfast.runs.errors import RunError, stopping
 from holdfast.runs.residents import Residents
 from holdfast.runs.turns import Turns
 
@@ -60,6 +60,7 @@ class Host:
         self._failed: EngineError | None = None
         self._not_before = 0.0
         self._starting: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def info(self) -> BaseModelInfo | None:
@@ -77,13 +78,20 @@ class Host:
         """The running worker, its base model and its life, starting one if there is none.
 
         Raises EngineError when the base model cannot be loaded. That stays the answer for a
-        pause that grows with each failure.
+        pause that grows with each failure. Raises Unavailable once it was closed.
         """
         while self._engine is None:
-            if self._starting is None or self._starting.done():
-                self._starting = asyncio.create_task(self._start_one())
+            if self._closed:
+                raise stopping()
+            starting = self._starting
+            if starting is None or starting.done():
+                starting = self._starting = asyncio.create_task(self._start_one())
+                # Told to those who wait for it then, perhaps nobody.
+                starting.add_done_callback(lambda task: task.cancelled() or task.exception())
             # Whoever goes away while it starts leaves it to the others.
-            await asyncio.shield(self._starting)
+            await asyncio.wait([starting])
+            if not starting.cancelled():
+                starting.result()
         assert self._info is not None
         return self._engine, self._info, self.life
 
@@ -192,7 +200,8 @@ class Host:
             engine.kill()
 
     async def close(self) -> None:
-        """End the worker, after what it was sent."""
+        """End the worker, after what it was sent. None is started any more."""
+        self._closed = True
         for task in (self._watch, self._starting):
             if task is not None:
                 task.cancel()

@@ -40,6 +40,11 @@ class Unavailable(RunError):
         super().__init__(code, message, reason="unavailable", category="server")
 
 
+def stopping() -> Unavailable:
+    """The server is about to stop; the next one takes the request."""
+    return Unavailable("stopping", "the server is stopping; send the request again")
+
+
 def not_found(what: str, value: str, hint: str = "") -> RunError:
     """`what` of that `value` does not exist, or is not the caller's to know of."""
     return RunError(

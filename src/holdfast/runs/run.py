@@ -24,6 +24,7 @@ from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Order, State
 from holdfast.runs.segments import Segments
+from holdfast.runs.stopping import Stopping
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Services:
     checkpoints: Checkpoints
     engines: Engines
     clock: ServingClock
+    stopping: Stopping
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +138,8 @@ class Run:
 
         The same submission again gets the same answer. `first` is written before it, in the same
         transaction. Raises RunError for a number that another request has, and for a run that has
-        ended; Unavailable when the journal took nothing. A caller that goes away while it waits
-        takes nothing back: what is journaled is also put in its place.
+        ended; Unavailable when the server stops or the journal took nothing. A caller that goes
+        away while it waits takes nothing back: what is journaled is also put in its place.
         """
         return await asyncio.shield(self._submit(seq, kind, body, first))
 
@@ -150,6 +152,7 @@ class Run:
             else:
                 body_hash = await asyncio.to_thread(journal.digest, body)
             self._asked = time.monotonic()
+            self.services.stopping.check()
             if self.ended is not None and seq not in self.order:
                 raise RunError(self.ended.code, self.ended.message)
             match self.order.classify(seq, kind, body_hash):
@@ -184,6 +187,7 @@ class Run:
 
     async def _refuse(self, seq: int, kind: str, failure: Failure) -> None:
         async with self._submitting:
+            self.services.stopping.check()
             refused_to = self.order.refused(seq)
 
             def note(connection: Connection) -> None:

@@ -22,6 +22,7 @@ from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable, not_found
 from holdfast.runs.journal import Failure, Outcome
+from holdfast.runs.stopping import Stopping
 from holdfast.store import NameKey
 
 MOST_WAITING = 20_000
@@ -68,10 +69,13 @@ class _Request:
 class Samplers:
     """Creates samplers and executes their requests, one at a time per worker."""
 
-    def __init__(self, catalog: Catalog, checkpoints: Checkpoints, engines: Engines) -> None:
+    def __init__(
+        self, catalog: Catalog, checkpoints: Checkpoints, engines: Engines, stopping: Stopping
+    ) -> None:
         self._catalog = catalog
         self._checkpoints = checkpoints
         self._engines = engines
+        self._stopping = stopping
         self._requests: dict[tuple[str, int], _Request] = {}
         self._unfinished = 0
         self._forget_at = 1024
@@ -114,6 +118,7 @@ class Samplers:
         self, session_id: str, owner: str, seq_id: int, key: NameKey, base_model: str | None
     ) -> Sampler:
         """A sampler of a checkpoint's weights as they are now, whatever becomes of its name."""
+        self._stopping.check()
         manifest_id, manifest = await self._checkpoints.resolve(key, [owner])
         if base_model is not None and base_model != manifest.base_model:
             raise RunError(
@@ -164,6 +169,7 @@ class Samplers:
         self, session_id: str, owner: str, seq_id: int, base_model: str
     ) -> Sampler:
         """A sampler of a base model as it is."""
+        self._stopping.check()
         self._engines[base_model]
         return await self.create(session_id, owner, base_model, seq_id)
 
@@ -189,6 +195,7 @@ class Samplers:
 
         `body` is what is executed: with the seed that was drawn when none was asked for.
         """
+        self._stopping.check()
         key = (sampler.id, seq_id)
         body_hash = journal.digest(asked)
         known = self._requests.get(key)

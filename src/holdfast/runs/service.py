@@ -25,13 +25,14 @@ from holdfast.runs.clock import ServingClock
 from holdfast.runs.copies import Copies
 from holdfast.runs.driver import Driver, Standing
 from holdfast.runs.engines import Engines
-from holdfast.runs.errors import RunError, Unavailable, not_found
+from holdfast.runs.errors import RunError, not_found, stopping
 from holdfast.runs.journal import Failure, Outcome, Resumed, RunKey
 from holdfast.runs.order import Order, State
 from holdfast.runs.run import Run, RunInfo, Services, patiently
 from holdfast.runs.samplers import Samplers
 from holdfast.runs.segments import Segments
 from holdfast.runs.sessions import Session, Sessions
+from holdfast.runs.stopping import Stopping
 from holdfast.runs.stored import STORED
 from holdfast.store import Store
 
@@ -93,11 +94,11 @@ class RunStatus:
     """What it waits for, or is busy with."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Live:
     run: Run
     driver: Driver
-    finishing: asyncio.Task[None] | None = None
+    finishing: asyncio.Task[bool] | None = None
 
 
 class Runs:
@@ -115,17 +116,23 @@ class Runs:
         catalog.before_commit(segments.sync)
         store.before_change(catalog.verify_epoch)
         self.engines = engines
+        self.stopping = Stopping()
         self.checkpoints = Checkpoints(store, catalog)
-        self.samplers = Samplers(catalog, self.checkpoints, engines)
+        self.samplers = Samplers(catalog, self.checkpoints, engines, self.stopping)
         self.lifetimes = lifetimes or Lifetimes()
         self._clock = ServingClock()
-        self.sessions = Sessions(catalog, self._clock, grace=self.lifetimes.session_grace)
-        self._services = Services(catalog, segments, self.checkpoints, engines, self._clock)
+        self.sessions = Sessions(
+            catalog, self._clock, self.stopping, grace=self.lifetimes.session_grace
+        )
+        self._services = Services(
+            catalog, segments, self.checkpoints, engines, self._clock, self.stopping
+        )
         self._live: dict[str, _Live] = {}
-        self.stopping = asyncio.Event()
-        """Set when the server is about to stop."""
+        """The newest generation of each model that has not ended."""
+        self._executed: set[_Live] = set()
+        """All that have not ended."""
         self._creating = self.checkpoints.creating
-        self.copies = Copies(catalog, self.checkpoints, self.sessions)
+        self.copies = Copies(catalog, self.checkpoints, self.sessions, self.stopping)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -142,17 +149,21 @@ class Runs:
         self._background(self._housekeeping())
         self._background(self._sweeping())
 
-    def begin_stop(self) -> None:
-        """Take no more submissions and let waiting polls go: the server is about to stop."""
-        self.stopping.set()
-
     async def stop(self, within: float = 20.0) -> None:
         """Stop executing. Nothing ends: a later start goes on where this one stopped.
 
-        All of it takes at most `within` seconds. Operations under way may finish in the first half;
-        then each run's state is kept, unless its operation was left: that is replayed.
+        Nothing new is taken from now on. Who polls is answered still: with outcomes as they come,
+        and at the end without one. All of it takes at most `within` seconds. Operations under way
+        may finish in the first half; then each run's state is kept, unless its operation was left:
+        that is replayed.
         """
-        self.begin_stop()
+        self.stopping.begun.set()
+        try:
+            await self._stop(within)
+        finally:
+            self.stopping.done.set()
+
+    async def _stop(self, within: float) -> None:
         loop = asyncio.get_running_loop()
         ends = loop.time() + within
 
@@ -167,17 +178,17 @@ class Runs:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(live.run.stop(share(0.4)) for live in self._live.values()))
-        finishing = [live.finishing for live in self._live.values() if live.finishing is not None]
+        await asyncio.gather(*(live.run.stop(share(0.4)) for live in self._executed))
+        finishing = [live.finishing for live in self._executed if live.finishing is not None]
         if finishing:  # the next start ends what is not ended by then
             _, late = await asyncio.wait(finishing, timeout=share(0.4))
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
-        await bounded(0.5, *(live.driver.park() for live in self._live.values()))
-        await bounded(0.5, *(live.run.note_read() for live in self._live.values()))
+            for unfinished in late:
+                unfinished.cancel()
+            await asyncio.gather(*finishing, return_exceptions=True)
+        await bounded(0.5, *(live.driver.park() for live in self._executed))
+        await bounded(0.5, *(live.run.note_read() for live in self._executed))
         await bounded(0.5, self.samplers.close())
-        for live in self._live.values():
+        for live in self._executed:
             live.driver.abandon()
         await bounded(0.9, self.engines.close())
         self.engines.kill()
@@ -249,16 +260,17 @@ class Runs:
     ) -> Run:
         model_id = f"{session.id}:train:{model_seq_id}"
         async with self._creating:
+            self.stopping.check()
             generation = 0
             history = await self._history(model_id)
+            before = self._live.get(model_id)
             if history is not None:
                 same_request = (
                     idempotency_key is not None and idempotency_key == history.idempotency_key
                 )
                 same_body = body_hash == history.body_hash and not history.anything_failed
-                live = self._live.get(model_id)
-                if live is not None and (same_request or same_body):
-                    return live.run
+                if before is not None and (same_request or same_body):
+                    return before.run
                 if history.anything_done:
                     raise RunError(
                         "model_exists",
@@ -266,13 +278,6 @@ class Runs:
                         "model needs another model_seq_id",
                     )
                 generation = history.generation + 1
-                if live is not None:
-                    replaced = Failure(
-                        "model_replaced", f"model {model_id!r} was created anew by a later request"
-                    )
-                    live.run.end(replaced)
-                    # Beside: its driver may be waiting for a base model, and others want to create.
-                    self._background(self._finish(live, replaced, "replaced"))
             key = RunKey(model_id, generation)
             now = time.time()
             row = {
@@ -299,6 +304,13 @@ class Runs:
                 connection.execute(runs.insert().values(row))
 
             await run.submit(0, body.kind, body.encode(), first=first)
+            if before is not None:
+                replaced = Failure(
+                    "model_replaced", f"model {model_id!r} was created anew by a later request"
+                )
+                before.run.end(replaced)
+                # Beside: its driver may be waiting for a base model, and others want to create.
+                self._background(self._finish(before, replaced, "replaced"))
             self._start(run)
             return run
 
@@ -306,6 +318,7 @@ class Runs:
         driver = Driver(run, self.samplers)
         live = _Live(run, driver)
         self._live[run.key.id] = live
+        self._executed.add(live)
 
         async def drive() -> None:
             try:
@@ -315,6 +328,8 @@ class Runs:
             if run.ended is not None and not run.closing:
                 self._background(self._ended_by_itself(live))
 
+        if self.stopping.begun.is_set():  # it was journaled just before: the next start executes it
+            run.closing = True
         run.start(drive)
 
     async def _ended_by_itself(self, live: _Live) -> None:
@@ -342,8 +357,7 @@ class Runs:
 
     async def live(self, model_id: str, owner: str) -> Run:
         """A run that takes operations. RunError when there is none, or it has ended."""
-        if self.stopping.is_set():
-            raise Unavailable("stopping", "the server is stopping; send the request again")
+        self.stopping.check()
         live = self._live.get(model_id)
         if live is None or live.run.info.owner != owner:
             for record in await self._records((runs.c.id == model_id) & (runs.c.owner == owner)):
@@ -355,6 +369,7 @@ class Runs:
 
     async def unload(self, model_id: str, owner: str) -> None:
         """End a run after the operation under way. Idempotent."""
+        self.stopping.check()
         live = self._live.get(model_id)
         if live is not None and live.run.info.owner == owner:
             reason = Failure("model_unloaded", f"model {model_id!r} was unloaded")
@@ -403,7 +418,7 @@ class Runs:
         """A run's configuration; waits for a creating load that is still to read it."""
         live = self._live.get(model_id)
         if live is not None and live.run.info.owner == owner and live.run.info.config is None:
-            await live.run.outcome(0, timeout)
+            await self.stopping.wait_for(live.run.outcome(0, timeout))
         if live is not None and live.run.info.config is not None:
             return live.run.info.config
         record = await self.record(model_id, owner)
@@ -420,6 +435,12 @@ class Runs:
 
         Raises RunError for a request id that is not known.
         """
+        found = await self.stopping.wait_for(self._outcome(request_id, owner, timeout))
+        return (None, "the server is being started again") if found is None else found
+
+    async def _outcome(
+        self, request_id: str, owner: str, timeout: float
+    ) -> tuple[Outcome | None, str | None]:
         stem, seq = _split(request_id)
         sampler, _, number = stem.rpartition(":sample:")
         if sampler and number:
@@ -506,15 +527,22 @@ class Runs:
         await patiently(lambda: self.samplers.end_session(session_id))
 
     async def _finish(self, live: _Live, reason: Failure, state: str) -> None:
-        """End a run, keep its last state, and let it go; once, however many ask for it."""
+        """End a run, keep its last state, and let it go; once, however many ask for it.
+
+        Raises Unavailable when the server stops before that.
+        """
         if live.finishing is None:
             live.finishing = asyncio.create_task(self._finish_once(live, reason, state))
-        await asyncio.shield(live.finishing)
+        finishing = live.finishing
+        await asyncio.wait([finishing])  # whoever goes away leaves it to the others
+        if finishing.cancelled() or not finishing.result():
+            raise stopping()
 
-    async def _finish_once(self, live: _Live, reason: Failure, state: str) -> None:
+    async def _finish_once(self, live: _Live, reason: Failure, state: str) -> bool:
+        """Whether that was possible: the server may stop before."""
         run, driver = live.run, live.driver
         if not await run.finish(reason):
-            return
+            return False
         assert run.ended is not None
         if state == "unloaded" or (state == "lost" and run.broken):
             state = "unloaded" if await self._keep_last_state(live) else "lost"
@@ -531,14 +559,16 @@ class Runs:
             connection.execute(runs.update().where(_is(run.key)).values(values))
 
         await run.write_patiently(end)
+        self._executed.discard(live)
         if self._live.get(run.key.id) is live:
             del self._live[run.key.id]
         if state == "lost":  # whoever can repair it needs its snapshots
-            return
+            return True
         points = await run.read_patiently(lambda c: journal.recovery_points(c, run.key))
         await run.write_patiently(lambda c: journal.close(c, run.key, now=self._clock.now()))
         with suppress(RunError):
             await self.checkpoints.discard([manifest for _, manifest in points])
+        return True
 
     async def _keep_last_state(self, live: _Live) -> bool:
         """Keep the state of a run that has ended: as a worker gives it, or its newest snapshot.
@@ -624,7 +654,10 @@ class Runs:
             return False
         return True
 
-    def _background(self, work: Any) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        if self.stopping.begun.is_set():  # what it is to end is ended by the next start
+            work.close()
+            return
         task = asyncio.create_task(work)
         self._tasks.add(task)
 

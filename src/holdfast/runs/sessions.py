@@ -14,6 +14,7 @@ from holdfast.catalog.tables import runs, samplers, sessions
 from holdfast.runs import journal
 from holdfast.runs.clock import ServingClock
 from holdfast.runs.errors import RunError, not_found
+from holdfast.runs.stopping import Stopping
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,12 @@ class Session:
 class Sessions:
     """Opens, keeps alive and ends sessions."""
 
-    def __init__(self, catalog: Catalog, clock: ServingClock, *, grace: float) -> None:
+    def __init__(
+        self, catalog: Catalog, clock: ServingClock, stopping: Stopping, *, grace: float
+    ) -> None:
         self._catalog = catalog
         self._clock = clock
+        self._stopping = stopping
         self._grace = grace
         self._seen: dict[str, float] = {}
 
@@ -55,11 +59,12 @@ class Sessions:
         return found
 
     async def half_ended(self) -> list[Session]:
-        """Sessions that ended, some of whose runs did not: the server was killed meanwhile."""
+        """Sessions that ended, of which runs or samplers are left: the server stopped meanwhile."""
         live = sa.select(runs.c.session_id).where(runs.c.state == "live")
+        left = live.union(sa.select(samplers.c.session_id))
         rows = await self._catalog.read(
             lambda c: c.execute(
-                sa.select(sessions).where(sessions.c.ended.is_not(None) & sessions.c.id.in_(live))
+                sa.select(sessions).where(sessions.c.ended.is_not(None) & sessions.c.id.in_(left))
             ).all()
         )
         return [Session(**row._mapping) for row in rows]
@@ -77,6 +82,7 @@ class Sessions:
         display_name: str | None,
     ) -> Session:
         """Open a session; the same idempotency key gives the same one again."""
+        self._stopping.check()
         new = Session(
             id=uuid.uuid4().hex,
             owner=owner,

@@ -16,6 +16,7 @@ from holdfast.catalog import Catalog
 from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
 from holdfast.runs import bodies
 from holdfast.runs.engines import Engines, StartEngine
+from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.segments import Segments
 from holdfast.runs.service import Runs
 from holdfast.server import failures
@@ -58,7 +59,10 @@ _log = structlog.get_logger("holdfast.server")
 def create_app(
     settings: Settings, catalog: Catalog, store: Store, start_engine: StartEngine
 ) -> FastAPI:
-    """The app over an open catalog and store. It closes neither."""
+    """The app over an open catalog and store. It closes neither.
+
+    It starts the runs. Whoever serves it stops them, while the app still answers.
+    """
     engines = Engines(list(settings.models), start_engine, adapter_memory=settings.adapter_memory)
     segments = Segments(settings.data_dir / SEGMENTS)
     runs = Runs(catalog, segments, store, engines, settings.lifetimes)
@@ -71,7 +75,6 @@ def create_app(
         yield
         warm.cancel()
         await asyncio.gather(warm, return_exceptions=True)
-        await runs.stop(0.6 * settings.stop_within)
         await asyncio.to_thread(context.reading.close)
 
     app = FastAPI(
@@ -118,9 +121,11 @@ def _settle_refused(app: FastAPI, context: Context) -> None:
             address = address_in_json(error.body)
             try:
                 owner = context.keys.owner(_key(request.scope))
+                await refuse_unread(runs, owner, kind, address, refusal)
             except AuthenticationError as unknown:
                 return failures.refusal(401, unknown.message, unknown.code)
-            await refuse_unread(runs, owner, kind, address, refusal)
+            except RunError as later:  # it comes again, and is refused then
+                return failures.run_refusal(later)
         return failures.refusal(422, message, InvalidMessageError.default_code)
 
     async def body_refused(scope: Scope) -> None:
@@ -145,5 +150,7 @@ async def _load_first(engines: Engines) -> None:
     for name in engines.models[:1]:
         try:
             await engines[name].engine()
+        except Unavailable:
+            return
         except Exception as error:
             _log.error("base model not loaded", model=name, error=str(error))

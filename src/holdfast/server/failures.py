@@ -45,14 +45,19 @@ def refusal(status: int, message: str, code: str, category: Category = "user") -
     return JSONResponse(body, status_code=status, headers=headers)
 
 
+def run_refusal(error: RunError) -> JSONResponse:
+    """The answer to what a run refuses."""
+    if error.reason == "damaged":
+        return _damaged(error.message, error.code)
+    return refusal(_STATUS[error.reason], error.message, error.code, error.category)
+
+
 def install(app: FastAPI) -> None:
     """Answer every kind of error by `refusal`."""
 
     @app.exception_handler(RunError)
     async def run_error(_request: Request, error: RunError) -> JSONResponse:
-        if error.reason == "damaged":
-            return _damaged(error.message, error.code)
-        return refusal(_STATUS[error.reason], error.message, error.code, error.category)
+        return run_refusal(error)
 
     @app.exception_handler(HoldfastError)
     async def protocol_error(_request: Request, error: HoldfastError) -> JSONResponse:

@@ -34,7 +34,10 @@ from holdfast.store import StoreError, open_store
 
 _HURRIED = 1.0
 """Seconds that a stop takes at most after a second signal."""
-
+_FOR_RUNS = 0.6
+"""The part of a stop in which the runs stop ..."""
+_FOR_ANSWERS = 0.25
+"""... and that for the requests that are under way then."""
 
 _log = structlog.get_logger("holdfast.server")
 
@@ -69,8 +72,7 @@ def serve(settings: Settings) -> None:
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
-                # For requests under way; most of the rest is for the runs.
-                timeout_graceful_shutdown=max(1, int(0.25 * settings.stop_within)),
+                timeout_graceful_shutdown=max(1, int(_FOR_ANSWERS * settings.stop_within)),
                 # Idle connections of clients that poll every half minute stay open.
                 timeout_keep_alive=75,
                 lifespan="on",
@@ -90,11 +92,12 @@ def _claim(catalog: Catalog) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Tells the runs at the first signal, so that held polls do not hold up the end."""
+    """Answers on until the runs have stopped; only then it closes its socket and connections."""
 
     def __init__(self, config: uvicorn.Config, runs: Runs, stop_within: float) -> None:
         super().__init__(config)
         self._runs = runs
+        self._stop_within = stop_within
         self._end = _End(runs, stop_within)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -102,11 +105,20 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
+    async def main_loop(self) -> None:
+        serving = asyncio.create_task(super().main_loop())
+        await self._runs.stopping.begun.wait()
+        try:
+            await self._runs.stop(_FOR_RUNS * self._stop_within)
+        except Exception:  # the next start recovers what was not kept
+            _log.exception("the runs did not stop in good order")
+        serving.cancel()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the stop. Uvicorn's own answer would be to close the socket at once."""
         self._end.signals.put(sig)
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._runs.begin_stop)
-        super().handle_exit(sig, frame)
+            self._loop.call_soon_threadsafe(self._runs.stopping.begun.set)
 
 
 class _End:

@@ -51,7 +51,7 @@ async def refuse_unread(
     """A submission that could not be read is about to be refused.
 
     Where its model and number can be told, the number is settled; otherwise the owner's runs are
-    told to wait less long for missing numbers.
+    told to wait less long for missing numbers. Raises Unavailable when it may not be refused now.
     """
     if address is None:
         await runs.refused_without_number(owner)
@@ -59,6 +59,8 @@ async def refuse_unread(
     model_id, seq_id = address
     try:
         run = await runs.live(model_id, owner)
+    except Unavailable:
+        raise
     except RunError:
         return
     await run.refuse(seq_id, kind, Failure(error.code, error.message))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from typing import Any
 
 import structlog
@@ -19,7 +18,7 @@ from holdfast.protocol.futures import CancelFutureRequest, RetrieveFutureRequest
 from holdfast.runs import bodies
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Outcome
-from holdfast.runs.service import ELIXIR, Runs
+from holdfast.runs.service import ELIXIR
 from holdfast.server.context import ContextDep, FamilyDep, OwnerDep, RunsDep
 from holdfast.server.results import json_result, protobuf_result
 
@@ -45,9 +44,7 @@ async def retrieve_future(
     hold = context.settings.poll_hold
     reason: str | None
     try:
-        outcome, reason = await _unless_stopping(
-            context.runs, context.runs.outcome(body.request_id, owner, hold)
-        )
+        outcome, reason = await context.runs.outcome(body.request_id, owner, hold)
     except RunError:
         raise
     except Exception:
@@ -68,22 +65,6 @@ async def cancel_future(
     """A client no longer waits for a sample. Training operations keep their place."""
     await runs.cancel_sample(body.request_id, owner)
     return {}
-
-
-async def _unless_stopping(
-    runs: Runs, waiting: Coroutine[Any, Any, tuple[Outcome | None, str | None]]
-) -> tuple[Outcome | None, str | None]:
-    """The result of `waiting`, or nothing when the server is about to stop."""
-    task = asyncio.create_task(waiting)
-    stopping = asyncio.create_task(runs.stopping.wait())
-    try:
-        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        return None, "the server is being started again"
-    finally:
-        task.cancel()
-        stopping.cancel()
 
 
 def render(outcome: Outcome, request_id: str, accept: str, family: str) -> Response:

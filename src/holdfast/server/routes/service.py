@@ -20,7 +20,9 @@ router = APIRouter()
 
 
 @router.get("/healthz")
-async def healthz() -> HealthResponse:
+async def healthz(runs: RunsDep) -> HealthResponse:
+    """Whether requests are taken: 503 from the beginning of a stop on, for load balancers."""
+    runs.stopping.check()
     return HealthResponse()
 
 
