@@ -93,10 +93,9 @@ class ModelRun:
         """Up to here a refusal explains what is missing."""
         self.ending: str | None = None
         """The code with which operations fail that the run's end overtook."""
+        self.asked_to_end = False
         self.cut: int | None = None
         """The first operation known to have been overtaken."""
-        self.murky = False
-        """The server was killed while it ended the run: what was overtaken is not an interval."""
 
     @property
     def highest(self) -> int:

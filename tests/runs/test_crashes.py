@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
-from holdfast.runs import bodies
+from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Load, Save
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.errors import RunError
@@ -88,6 +89,22 @@ def with_gaps(clients: Clients) -> None:
     clients._submit(run, OPTIM_STEP, steps())
 
 
+def with_ends(clients: Clients) -> None:
+    """A run that is unloaded, and one whose session ends, while requests still come."""
+    clients.open_session("python")
+    clients.create(pick=1, rank=1)
+    for run in clients.all:
+        clients._submit(run, FORWARD_BACKWARD, batch(1))
+        clients._submit(run, OPTIM_STEP, steps())
+        clients._submit(run, bodies.SAVE_WEIGHTS, Save("a"))
+        clients._submit(run, FORWARD_BACKWARD, batch(2))
+    clients.unload(pick=0, beside=3)
+    clients.end_session(pick=1, beside=3)
+    clients._world.let(30.0)
+    ended = [clients._do(partial(clients._world.runs.record, x.id, OWNER)) for x in clients.all]
+    assert [record.state for record in ended] == ["unloaded", "unloaded"]
+
+
 Arm = Callable[[Clients, int], None]
 
 
@@ -138,7 +155,7 @@ def at_every_point(
         point += stride
 
 
-@pytest.mark.parametrize("perform", [script, with_gaps])
+@pytest.mark.parametrize("perform", [script, with_gaps, with_ends])
 def test_the_server_may_be_killed_at_any_point(perform: Callable[[Clients], None]) -> None:
     assert at_every_point(perform, kill_server, stride=STRIDE) > 60
 
@@ -215,22 +232,30 @@ def forget_what_was_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Order, "rewind", rewind)
 
 
+def end_without_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "note_end", lambda *_: None)
+
+
 @pytest.mark.parametrize(
-    ("plant", "arm"),
+    ("plant", "arm", "perform"),
     [
-        (answer_before_journaling, kill_server_at_commit),
-        (replay_without_marks, kill_worker),
-        (replay_without_cleared_gradients, kill_worker),
-        (load_without_waiting_for_saves, kill_server),
-        (take_own_save_for_another, kill_server_at_commit),
-        (snapshot_ahead_of_results, kill_worker),
-        (forget_what_was_running, kill_worker),
+        (answer_before_journaling, kill_server_at_commit, script),
+        (replay_without_marks, kill_worker, script),
+        (replay_without_cleared_gradients, kill_worker, script),
+        (load_without_waiting_for_saves, kill_server, script),
+        (take_own_save_for_another, kill_server_at_commit, script),
+        (snapshot_ahead_of_results, kill_worker, script),
+        (forget_what_was_running, kill_worker, script),
+        (end_without_a_note, kill_server, with_ends),
     ],
 )
 def test_a_planted_defect_is_found(
-    plant: Callable[[pytest.MonkeyPatch], None], arm: Arm, monkeypatch: pytest.MonkeyPatch
+    plant: Callable[[pytest.MonkeyPatch], None],
+    arm: Arm,
+    perform: Callable[[Clients], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(monkeypatch)
     with pytest.raises((AssertionError, RunError)):
         for first in range(STRIDE):
-            at_every_point(script, arm, first=first, stride=STRIDE)
+            at_every_point(perform, arm, first=first, stride=STRIDE)

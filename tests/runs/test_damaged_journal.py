@@ -82,7 +82,7 @@ def test_a_run_that_cannot_be_replayed_stops_and_no_other(clients: Clients, serv
         message = found.message
     assert path in message and "request 1 " in message
     clients._submit(second, FORWARD_BACKWARD, batch(2))
-    first.ending, first.murky = "journal_damaged", True
+    first.ending = "journal_damaged"
     clients.all_end()
     clients._check_logs()
 

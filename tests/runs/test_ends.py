@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Coroutine, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from holdfast.catalog.tables import operations, sessions, snapshots
+from holdfast.catalog.tables import operations, runs, sessions, snapshots
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import CreateFromState, Save
 from holdfast.runs.driver import Driver
@@ -177,7 +178,7 @@ def state_of(clients: Clients) -> str:
     return record.state
 
 
-def count(clients: Clients, table: sa.Table) -> int:
+def rows(clients: Clients, table: sa.Table) -> int:
     with clients._world.catalog._engine.connect() as connection:
         return connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
 
@@ -333,7 +334,7 @@ def test_the_newest_snapshot_is_the_last_state_that_no_worker_gives(clients: Cli
     assert last_states(clients) == [6]
     clients._check_checkpoints()
     assert state_of(clients) == "unloaded"
-    assert count(clients, snapshots) == 0
+    assert rows(clients, snapshots) == 0
     assert list(clients._world.store.unnamed()) == []
 
 
@@ -371,7 +372,7 @@ def test_a_run_without_an_intact_snapshot_keeps_what_can_be_repaired(clients: Cl
     clients._world.let(400.0)
     assert last_states(clients) == []
     assert state_of(clients) == "lost"
-    assert count(clients, snapshots) > 0
+    assert rows(clients, snapshots) > 0
 
 
 # --- Housekeeping ---------------------------------------------------------------------------
@@ -418,3 +419,158 @@ def test_housekeeping_goes_on_after_an_error(
     clients._world.let(40 * 60)
     assert left[0] < 0
     assert sessions_open(clients) == 0
+
+
+# --- Kills beside an end --------------------------------------------------------------------
+
+
+Ending = Callable[[Clients, pytest.MonkeyPatch], Callable[[], Coroutine[Any, Any, None]]]
+"""Prepares an end; what is called then brings it about."""
+
+
+def unloading(clients: Clients, _: pytest.MonkeyPatch) -> Callable[[], Coroutine[Any, Any, None]]:
+    return lambda: clients._world.runs.unload(clients.all[0].id, OWNER)
+
+
+def finishing(clients: Clients, _: pytest.MonkeyPatch) -> Callable[[], Coroutine[Any, Any, None]]:
+    session = clients.sessions.pop()
+    return lambda: clients._world.runs.end_session(session.id, "success")
+
+
+def meeting_a_defect(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Coroutine[Any, Any, None]]:
+    honest = Driver.compute
+    met: list[Any] = []
+
+    async def compute(*args: Any) -> bytes:
+        result = await honest(*args)
+        if not met:
+            met.append(args)
+            raise ZeroDivisionError("a defect")
+        return result
+
+    monkeypatch.setattr(Driver, "compute", compute)
+    return nothing
+
+
+def losing_its_outcomes(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Coroutine[Any, Any, None]]:
+    """A defect because of which no outcome can be recorded, until the server is started again."""
+    honest, kills = journal.settle, clients._world.kills
+
+    def settle(*args: Any, **others: Any) -> None:
+        if clients._world.kills == kills:
+            raise ValueError("a defect in settling")
+        honest(*args, **others)
+
+    monkeypatch.setattr(journal, "settle", settle)
+    return nothing
+
+
+CODES: dict[Ending, str] = {
+    unloading: "model_unloaded",
+    finishing: "session_ended",
+    meeting_a_defect: "internal_error",
+    losing_its_outcomes: "internal_error",
+}
+
+
+def kill_once_shown(clients: Clients, end: Callable[[], Coroutine[Any, Any, None]], by: str) -> str:
+    """End the run while three requests wait, and kill the server as soon as anybody is told."""
+    world, run = clients._world, clients.all[0]
+    runs = world.runs
+
+    async def polled() -> str:
+        outcome = None
+        while outcome is None:
+            outcome, _ = await runs.outcome(run.ops[9].request_id, OWNER, 30.0)
+        assert outcome.failure is not None
+        return outcome.failure.code
+
+    async def refused() -> str:
+        for number in count(10):
+            try:
+                live = await runs.live(run.id, OWNER)
+                await live.submit(number, bodies.FORWARD_BACKWARD, batch(number))
+            except RunError as error:
+                return error.code
+            await asyncio.sleep(0.003)
+        raise AssertionError
+
+    async def both() -> str:
+        ending = asyncio.create_task(end())
+        shown = await (polled() if by == "a poll" else refused())
+        assert ending is not None
+        return shown
+
+    code: str = world.loop.run_until_complete(both())
+    world.kill()
+    return code
+
+
+@pytest.mark.parametrize("by", ["a poll", "a refusal"])
+@pytest.mark.parametrize("ending", list(CODES))
+def test_an_end_that_was_shown_is_final(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, ending: Ending, by: str
+) -> None:
+    train(clients)
+    world, run = clients._world, clients.all[0]
+    end = ending(clients, monkeypatch)
+    world.lives[-1]._pause = lambda what: 0.2 if what == bodies.FORWARD_BACKWARD else 0.001
+    for x in range(3):
+        clients._submit(run, bodies.FORWARD_BACKWARD, batch(x))
+    code = CODES[ending]
+    assert kill_once_shown(clients, end, by) == code
+    found = [clients._poll(run.ops[seq], 60.0)[0] for seq in (7, 8, 9)]
+    codes = [None if x is None or x.failure is None else x.failure.code for x in found]
+    assert code in codes
+    done = codes.index(code)
+    assert codes == [None] * done + [code] * (3 - done), "what follows an end was executed"
+    world.let(60.0)
+    assert unsettled(clients) == []
+    assert state_of(clients) == "unloaded"
+    assert last_states(clients) == [6 + done]
+    with pytest.raises(RunError) as refused:
+        clients._submit(run, bodies.FORWARD_BACKWARD, batch(2))
+    assert refused.value.code == "model_unloaded"
+
+
+@pytest.mark.parametrize("by", ["a poll", "a refusal"])
+@pytest.mark.parametrize("ending", [unloading, meeting_a_defect])
+def test_an_end_that_is_shown_before_it_is_noted_is_found(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, ending: Ending, by: str
+) -> None:
+    monkeypatch.setattr(journal, "note_end", lambda *_: None)
+    with pytest.raises(AssertionError):
+        test_an_end_that_was_shown_is_final(clients, monkeypatch, ending, by)
+
+
+def test_a_model_that_was_created_anew_stays_replaced(clients: Clients) -> None:
+    world, (session,) = clients._world, clients.sessions
+
+    async def create(rank: int) -> str:
+        run = await world.runs.create(
+            session,
+            100,
+            base_model=NAME,
+            lora={"rank": rank, "seed": 1},
+            optimizer="adamw",
+            user_metadata=None,
+            idempotency_key=f"rank {rank}",
+        )
+        return run.key.request_id(0)
+
+    async def anew() -> list[str]:
+        return [await create(1), await create(2)]
+
+    first, second = world.loop.run_until_complete(anew())
+    world.kill()  # when the answer was just given
+    (created,) = outcomes(clients, [second])
+    assert created is not None and created.failure is None
+    world.let(60.0)
+    assert unsettled(clients) == []
+    with world.catalog._engine.connect() as connection:
+        query = sa.select(runs.c.state).where(runs.c.id == first.rpartition(":")[0])
+        assert list(connection.scalars(query.order_by(runs.c.generation))) == ["replaced", "live"]

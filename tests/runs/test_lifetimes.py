@@ -94,7 +94,7 @@ def test_what_was_read_is_kept_for_ten_minutes_whatever_the_clock_says(
 def test_a_session_whose_end_was_interrupted_is_ended_at_the_next_start(clients: Clients) -> None:
     (run,) = clients.all
     train(clients)
-    run.ending, run.murky = "session_ended", True
+    run.ending = "session_ended"
     session = clients.sessions.pop()
     clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
     clients.kill()  # before the runs were ended

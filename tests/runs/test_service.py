@@ -455,11 +455,12 @@ class Clients(RuleBasedStateMachine):
         if self._uncertain_readers(run):
             return
         run.ending = "model_unloaded"
-        kills = self._world.kills
         self._do_beside(run, beside, pick, partial(self._unload, run))
-        run.murky = self._world.kills > kills
 
     async def _unload(self, run: ModelRun) -> None:
+        if run.asked_to_end:  # by an attempt that was killed: what it began is not taken back
+            await asyncio.sleep(3.0)
+        run.asked_to_end = True
         await self._world.runs.unload(run.id, OWNER)
 
     @precondition(lambda self: len(self.sessions) > 1)
@@ -473,7 +474,6 @@ class Clients(RuleBasedStateMachine):
         open_ = [run for run in mine if run.ending is None]
         for run in mine:
             run.ending = run.ending or "session_ended"
-        kills = self._world.kills
         self.ended_at[session.id] = self._now
 
         async def end() -> None:
@@ -484,8 +484,6 @@ class Clients(RuleBasedStateMachine):
         else:
             self._do(end)
         self._world.let(1.0)
-        for run in mine:
-            run.murky = run.murky or self._world.kills > kills
 
     def teardown(self) -> None:
         if self.world is None:
@@ -526,9 +524,7 @@ class Clients(RuleBasedStateMachine):
             return
         if run.ending is not None and code == run.ending:
             run.cut = op.seq if run.cut is None else min(run.cut, op.seq)
-            assert run.murky or run.cut > run.at, f"{op} was overtaken, a later one was not"
-            return
-        if run.murky:
+            assert run.cut > run.at, f"{op} was overtaken, a later one was not"
             return
         assert run.cut is None or op.seq < run.cut, f"{op} came after what the end overtook"
         expected = run.interpret(op.seq, self._now)
@@ -538,10 +534,7 @@ class Clients(RuleBasedStateMachine):
 
     def _check_checkpoints(self) -> None:
         store = self._world.store
-        murky = {run.id for run in self.all if run.murky}
         for key, saved in self.names.items():
-            if key.run in murky:
-                continue
             manifest_id = store.resolve(key)
             if manifest_id is None and key.name.startswith(BRIEF):
                 continue
@@ -551,7 +544,7 @@ class Clients(RuleBasedStateMachine):
             self._check_state(key, saved.state, saved.optimizer)
         runs = {run.id: run for run in self.all}
         for key, _ in store.names():
-            if key.run in murky or key in self.names or self._never_told(runs[key.run], key):
+            if key in self.names or self._never_told(runs[key.run], key):
                 continue
             assert key.name.startswith("auto."), f"{key} should not be there"
             run, position = runs[key.run], int(key.name.removeprefix("auto."))
@@ -650,7 +643,7 @@ class Clients(RuleBasedStateMachine):
         return any(
             isinstance(op.body, (Save, SaveSampler)) and op.body.name == key.name
             for run in self.all
-            if run.id == key.run and not (run.ending and not run.murky and run.cut is not None)
+            if run.id == key.run and not (run.ending and run.cut is not None)
             for op in run.ops.values()
             if op.seq > run.at
         )

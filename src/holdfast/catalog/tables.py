@@ -97,6 +97,8 @@ runs = Table(
     # Replayed under other numerics with another result: how many, and the first since the last.
     Column("divergences", Integer, nullable=False, server_default="0"),
     Column("diverged_at", BigInteger),
+    # Why it is about to end, or has ended (code, message, category): set before anybody is told.
+    Column("ending", JSON),
     Index("ix_runs_owner_created", "owner", "created"),
 )
 

@@ -17,7 +17,9 @@ from holdfast.runs.errors import Category
 from holdfast.runs.order import Entry, State
 from holdfast.runs.segments import JournalDamaged, Segments
 
-ENDS = frozenset({"session_ended", "model_unloaded"})
+DEFECT = "internal_error"
+"""The code with which operations fail when their run ends because of a defect of ours."""
+ENDS = frozenset({"session_ended", "model_unloaded", DEFECT})
 """Codes with which operations fail that the end of their run overtook."""
 
 
@@ -75,6 +77,7 @@ _THIS_ONE = (
 )
 _ADD = operations.insert()
 _NOTE_REQUEST = runs.update().where(_THIS_RUN)
+_NOTE_END = runs.update().where(_THIS_RUN & runs.c.ending.is_(None))
 _CHANGE = operations.update().where(_THIS_ONE)
 _OUTCOME = sa.select(operations.c.kind, operations.c.state, operations.c.error).where(_THIS_ONE)
 _HASHES = sa.select(operations.c.body_hash, operations.c.result_hash).where(_THIS_ONE)
@@ -166,6 +169,15 @@ def settle(
     if target is not None:
         values["target"] = target
     connection.execute(_CHANGE, {**_this_one(key, seq), **values})
+
+
+def note_end(connection: Connection, key: RunKey, reason: Failure) -> None:
+    """Note why a run is about to end, unless that is noted already.
+
+    In the transaction in which the first outcome or answer becomes durable that tells somebody of
+    the end, or before: what was told stays true, whenever the server dies.
+    """
+    connection.execute(_NOTE_END, {**_this_run(key), "ending": reason.as_json()})
 
 
 def settle_rest(connection: Connection, key: RunKey, failure: Failure, *, now: float) -> None:

@@ -38,6 +38,9 @@ _HASHED_AT_ONCE = 1 << 20
 _REQUEST_NOTED_EVERY = 1.0
 """Seconds for which the time of a run's last request is not written down again."""
 
+_AFTER_WHAT_HAS_BEGUN = frozenset({"model_unloaded", "session_ended"})
+"""Codes of ends that come from outside: what had been begun then is finished."""
+
 _WANTED_FOR = 60.0
 """Seconds after a request for which its client is taken to wait: longer than between two polls."""
 
@@ -121,6 +124,7 @@ class Run:
         self._waiting: dict[int, asyncio.Event] = {}
         self._recording: dict[int, asyncio.Task[None]] = {}
         self._unrecorded = False
+        self._end_noted = False
         self._submitting = asyncio.Lock()
         self._driver: asyncio.Task[None] | None = None
 
@@ -154,6 +158,10 @@ class Run:
             self._asked = time.monotonic()
             self.services.stopping.check()
             if self.ended is not None and seq not in self.order:
+                try:
+                    await self.note_end(self.ended)
+                except CatalogUnavailable as error:
+                    raise Unavailable("journal_unavailable", str(error)) from error
                 raise RunError(self.ended.code, self.ended.message)
             match self.order.classify(seq, kind, body_hash):
                 case Accept.NEW:
@@ -380,6 +388,8 @@ class Run:
             journal.settle(
                 connection, self.services.segments, self.key, seq, outcome, now=now, target=target
             )
+            if self.ended is not None:  # perhaps that is what the outcome tells
+                journal.note_end(connection, self.key, self.ended)
             if also is not None:
                 also(connection)
 
@@ -389,8 +399,9 @@ class Run:
             self._unrecorded = True
             self.broke("an outcome could not be recorded", error)
             assert self.ended is not None
-            outcome = Outcome(outcome.kind, failure=self.ended)
+            outcome, ended = Outcome(outcome.kind, failure=self.ended), self.ended
             with suppress(Exception):  # the run's end records what is unsettled then
+                await self.patiently(lambda: self.note_end(ended))
                 await self.write_patiently(
                     lambda c: journal.settle(
                         c, self.services.segments, self.key, seq, outcome, now=now
@@ -460,7 +471,7 @@ class Run:
         self.broken = True
         self.end(
             Failure(
-                "internal_error",
+                journal.DEFECT,
                 "the server met a defect while it executed this run; its log has the details. "
                 "The run's checkpoints are not affected, and what it has done is kept as one",
                 "server",
@@ -472,10 +483,28 @@ class Run:
         """End the run because its first operation failed."""
         self.end(Failure("creation_failed", f"the run was not created: {failure.message}"))
 
+    async def note_end(self, reason: Failure) -> None:
+        """Note durably that the run is about to end: from then on whoever asks may be told.
+
+        Raises CatalogUnavailable.
+        """
+        if not self._end_noted:
+            await self.services.catalog.write(lambda c: journal.note_end(c, self.key, reason))
+            self._end_noted = True
+
+    def end_was_noted(self, reason: Failure) -> None:
+        """Take up a run that was about to end when its server died: nothing new is begun."""
+        self._end_noted = True
+        self.closing = self.ending = True
+        self.broken = reason.code == journal.DEFECT
+        if reason.code not in _AFTER_WHAT_HAS_BEGUN:
+            self.end(reason)
+
     async def finish(self, reason: Failure) -> bool:
         """End the run after what has begun; operations that are pending fail with `reason`.
 
-        False when the server stops before that: its next start ends the run.
+        False when the server stops before that: its next start ends the run. That it is about to
+        end must be noted by then.
         """
         self.closing = self.ending = True
         self.wake.set()

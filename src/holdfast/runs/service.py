@@ -39,6 +39,14 @@ from holdfast.store import Store
 ELIXIR = "elixir"
 """The client family whose numbers may have permanent gaps."""
 
+_STATES = {
+    "model_unloaded": "unloaded",
+    "session_ended": "unloaded",
+    "model_replaced": "replaced",
+    "creation_failed": "failed",
+}
+"""What becomes of a run, by the reason of its end. For any other: its state cannot be had."""
+
 _log = structlog.get_logger("holdfast.runs")
 
 
@@ -77,6 +85,8 @@ class RunRecord:
     """Replayed operations whose results differed, under other numerics."""
     diverged_at: int | None = None
     """The number of the first that differed in the newest recovery in which one did."""
+    ending: Failure | None = None
+    """Why it is about to end, or has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +155,7 @@ class Runs:
             if session is not None:
                 self._take_up(session, record, found[record.key])
         for session in half_ended:
-            self._background(self._close_session(session.id, session.end_reason or "unknown"))
+            self._background(self._close_session(session.id, session.end_reason))
         self._background(self._housekeeping())
         self._background(self._sweeping())
 
@@ -299,22 +309,25 @@ class Runs:
             info = RunInfo(session.id, session.owner, config, user_metadata)
             run = Run(key, info, self._services, order)
 
+            replaced = Failure(
+                "model_replaced", f"model {model_id!r} was created anew by a later request"
+            )
+
             def first(connection: Connection) -> None:
                 self.sessions.check_open(connection, session.id)
+                if before is not None:
+                    journal.note_end(connection, before.run.key, replaced)
                 connection.execute(runs.insert().values(row))
 
             await run.submit(0, body.kind, body.encode(), first=first)
             if before is not None:
-                replaced = Failure(
-                    "model_replaced", f"model {model_id!r} was created anew by a later request"
-                )
                 before.run.end(replaced)
                 # Beside: its driver may be waiting for a base model, and others want to create.
-                self._background(self._finish(before, replaced, "replaced"))
+                self._background(self._finish(before, replaced))
             self._start(run)
             return run
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: Run) -> _Live:
         driver = Driver(run, self.samplers)
         live = _Live(run, driver)
         self._live[run.key.id] = live
@@ -326,17 +339,13 @@ class Runs:
             except Exception as error:
                 run.broke("the run's driver failed", error)
             if run.ended is not None and not run.closing:
-                self._background(self._ended_by_itself(live))
+                # Its creation failed, it could not be recovered, or it met a defect.
+                self._background(self._finish(live, run.ended))
 
         if self.stopping.begun.is_set():  # it was journaled just before: the next start executes it
             run.closing = True
         run.start(drive)
-
-    async def _ended_by_itself(self, live: _Live) -> None:
-        """A run whose creation failed, that could not be recovered, or that met a defect."""
-        failed = live.run.ended is not None and live.run.ended.code == "creation_failed"
-        assert live.run.ended is not None
-        await self._finish(live, live.run.ended, "failed" if failed else "lost")
+        return live
 
     def _take_up(self, session: Session, record: RunRecord, found: Resumed) -> None:
         order = Order(
@@ -351,7 +360,14 @@ class Runs:
             if item.mark_at is not None and item.entry.kind == bodies.FORWARD_BACKWARD:
                 order.add_late_mark(item.entry.seq, item.mark_at)
         info = RunInfo(record.session_id, record.owner, record.config, record.user_metadata)
-        self._start(Run(record.key, info, self._services, order))
+        run, reason = Run(record.key, info, self._services, order), record.ending
+        if reason is None and session.ended is not None:
+            reason = _session_ended(session.id, session.end_reason)
+        if reason is None:
+            self._start(run)
+        else:
+            run.end_was_noted(reason)
+            self._background(self._finish(self._start(run), reason))
 
     # --- Runs --------------------------------------------------------------------------------
 
@@ -373,7 +389,7 @@ class Runs:
         live = self._live.get(model_id)
         if live is not None and live.run.info.owner == owner:
             reason = Failure("model_unloaded", f"model {model_id!r} was unloaded")
-            await self._finish(live, reason, "unloaded")
+            await self._finish(live, reason)
         elif not await self._records((runs.c.id == model_id) & (runs.c.owner == owner)):
             raise not_found("model", model_id)
 
@@ -400,7 +416,8 @@ class Runs:
 
     def _status(self, record: RunRecord, snapshot: tuple[int, float] | None) -> RunStatus:
         live = self._live.get(record.key.id)
-        if live is None or live.run.key != record.key or live.run.ended is not None:
+        ended = record.ending is not None and live is not None and live.run.ended is not None
+        if live is None or live.run.key != record.key or ended:
             state = record.state if record.state in ("lost", STORED) else "ended"
             return RunStatus(
                 "corrupted" if record.corrupted else state,  # type: ignore[arg-type]
@@ -514,44 +531,46 @@ class Runs:
         if await self.sessions.end(session_id, reason, detail):
             self._background(self._close_session(session_id, reason))
 
-    async def _close_session(self, session_id: str, reason: str) -> None:
-        failure = Failure("session_ended", f"session {session_id!r} has ended ({reason})")
+    async def _close_session(self, session_id: str, reason: str | None) -> None:
+        failure = _session_ended(session_id, reason)
         async with self._creating:  # a run that is being created is one of them
             mine = [x for x in self._live.values() if x.run.info.session_id == session_id]
         found = await asyncio.gather(
-            *(self._finish(live, failure, "unloaded") for live in mine), return_exceptions=True
+            *(self._finish(live, failure) for live in mine), return_exceptions=True
         )
         for error in found:  # one run's defect keeps neither the others nor the samplers
             if isinstance(error, Exception):
                 _log.error("a run was not ended", session=session_id, exc_info=error)
         await patiently(lambda: self.samplers.end_session(session_id))
 
-    async def _finish(self, live: _Live, reason: Failure, state: str) -> None:
+    async def _finish(self, live: _Live, reason: Failure) -> None:
         """End a run, keep its last state, and let it go; once, however many ask for it.
 
         Raises Unavailable when the server stops before that.
         """
         if live.finishing is None:
-            live.finishing = asyncio.create_task(self._finish_once(live, reason, state))
+            live.finishing = asyncio.create_task(self._finish_once(live, reason))
         finishing = live.finishing
         await asyncio.wait([finishing])  # whoever goes away leaves it to the others
         if finishing.cancelled() or not finishing.result():
             raise stopping()
 
-    async def _finish_once(self, live: _Live, reason: Failure, state: str) -> bool:
+    async def _finish_once(self, live: _Live, reason: Failure) -> bool:
         """Whether that was possible: the server may stop before."""
         run, driver = live.run, live.driver
+        await run.patiently(lambda: run.note_end(reason))
         if not await run.finish(reason):
             return False
         assert run.ended is not None
-        if state == "unloaded" or (state == "lost" and run.broken):
+        state = _STATES.get(reason.code, "lost")
+        if state == "unloaded" or run.broken:
             state = "unloaded" if await self._keep_last_state(live) else "lost"
         await driver.drop()
         ended, now = run.ended, self._clock.now()
         values = {
             "state": state,
             "state_detail": ended.message,
-            "corrupted": driver.diverged,
+            "corrupted": driver.diverged or ended.code == "replay_diverged",
         }
 
         def end(connection: Connection) -> None:
@@ -705,6 +724,7 @@ class Runs:
                 row.replayed,
                 row.divergences,
                 row.diverged_at,
+                None if row.ending is None else Failure.from_json(row.ending),
             )
             for row in rows
         ]
@@ -731,7 +751,9 @@ class Runs:
                 row.idempotency_key,
                 row.state == STORED
                 or any(e.state == State.DONE.value and e.seq > 0 for e in ended),
-                any(e.state == State.FAILED.value for e in ended) or row.state != "live",
+                any(e.state == State.FAILED.value for e in ended)
+                or row.state != "live"
+                or row.ending is not None,
             )
 
         return await self.catalog.read(query)
@@ -754,6 +776,11 @@ class _History:
     idempotency_key: str | None
     anything_done: bool
     anything_failed: bool
+
+
+def _session_ended(session_id: str, reason: str | None) -> Failure:
+    why = reason or "unknown"
+    return Failure("session_ended", f"session {session_id!r} has ended ({why})")
 
 
 def _is(key: RunKey) -> sa.ColumnElement[bool]:
