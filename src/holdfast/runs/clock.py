@@ -22,7 +22,7 @@ class ServingClock:
         return time.monotonic() + self._ahead
 
     def go_on_from(self, seconds: float) -> None:
-        """An earlier server noted this time: what comes now comes later, whatever the clock says."""
+        """An earlier server noted this time: what comes now comes later, whatever clocks say."""
         self._ahead += max(0.0, seconds + _TICK - self.now())
 
     def forgive(self, seconds: float) -> None:
