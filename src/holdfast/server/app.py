@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from holdfast.catalog import Catalog
 from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
@@ -24,6 +25,7 @@ from holdfast.server.auth import Keys
 from holdfast.server.body_limit import BodyLimit
 from holdfast.server.context import Context
 from holdfast.server.data_dir import SEGMENTS
+from holdfast.server.direct import Direct, Endpoint
 from holdfast.server.routes import (
     archives,
     checkpoints,
@@ -53,7 +55,29 @@ _KINDS = {
 }
 """Operations that have a number, by the last part of their path."""
 
+_EVERY_STEP: dict[str, Endpoint] = {
+    f"{PREFIX}/forward_backward": training.forward_backward,
+    f"{PREFIX}/forward": training.forward,
+    f"{PREFIX}/optim_step": training.optim_step,
+    f"{PREFIX}/retrieve_future": futures.retrieve_future,
+    f"{PREFIX}/asample": sampling.asample,
+}
+"""What a training loop asks for without end."""
+
 _log = structlog.get_logger("holdfast.server")
+
+
+class _App(FastAPI):
+    """FastAPI, with a short way to what every step asks for."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self._direct(scope, receive, send)
+
+    @cached_property
+    def _direct(self) -> Direct:
+        limit = self.state.context.settings.max_body
+        return Direct(super().__call__, _EVERY_STEP, self.exception_handlers, limit=limit)
 
 
 def create_app(
@@ -77,7 +101,7 @@ def create_app(
         await asyncio.gather(warm, return_exceptions=True)
         await asyncio.to_thread(context.reading.close)
 
-    app = FastAPI(
+    app = _App(
         title="Holdfast",
         lifespan=lifespan,
         # A redirect would be taken for an answer by some clients.
