@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from safetensors.numpy import save
 
 from holdfast.engine.payload import (
     Batch,
@@ -54,6 +61,44 @@ def test_equal_batches_have_equal_bytes_whatever_the_order_of_their_keys() -> No
     before = first.encode()
     first.data[0].inputs["weights"][0, 0] += 1
     assert first.encode() != before
+
+
+ARRAYS = st_numpy.arrays(
+    st.sampled_from(["int64", "float32", "int32", "float64", "float16", "uint8", "bool"]),
+    st_numpy.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3),
+)
+
+
+@given(
+    st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1), ARRAYS, max_size=6),
+    st.text(st.characters(codec="utf-8")),
+)
+def test_the_bytes_are_those_of_safetensors(
+    outputs: dict[str, npt.NDArray[np.generic]], metric: str
+) -> None:
+    text = json.dumps(
+        {"format": "holdfast.forward.1", "count": 1, "metrics": {metric: 1.5}},
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    tensors = {f"0.{name}": value for name, value in outputs.items()}
+    assert ForwardOutput([outputs], {metric: 1.5}).encode() == save(
+        tensors, metadata={"holdfast": text}
+    )
+
+
+def test_the_bytes_do_not_depend_on_an_array_s_place_in_memory() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    expected = ForwardOutput([{"x": values}], {}).encode()
+    assert ForwardOutput([{"x": np.asfortranarray(values)}], {}).encode() == expected
+    assert ForwardOutput([{"x": np.tile(values, 2)[:, :4]}], {}).encode() == expected
+    assert ForwardOutput([{"x": values.astype(">f4")}], {}).encode() == expected
+    assert ForwardOutput([{"x": values.T}], {}).encode() != expected
+
+
+def test_what_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'0\.x' is an array of <U1"):
+        ForwardOutput([{"x": np.array(["a"])}], {}).encode()
 
 
 def test_empty_batch() -> None:
