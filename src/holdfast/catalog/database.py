@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from holdfast import failpoints
 from holdfast.catalog import epoch
 from holdfast.catalog.epoch import EpochLost
 from holdfast.catalog.migrations import upgrade
+from holdfast.catalog.statements import execute_text
 
 T = TypeVar("T")
 
@@ -70,7 +72,10 @@ class Catalog:
         self._before_commit: list[Callable[[], None]] = []
         self._epoch: int | None = None
         self._since_checkpoint = 0
-        self._queue: queue.SimpleQueue[_Work[Any] | None] = queue.SimpleQueue()
+        self._waiting: deque[_Work[Any]] = deque()
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """For the writer: True when something waits, False at the end."""
+        self._is_called = False
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._thread.start()
 
@@ -102,7 +107,9 @@ class Catalog:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Work(work, loop, future))
+        self._waiting.append(_Work(work, loop, future))
+        # Not at once: what this turn of the loop brings besides shares the commit.
+        loop.call_soon(self._call_writer)
         return await future
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
@@ -152,40 +159,42 @@ class Catalog:
     def close(self) -> None:
         """Finish what is queued and close. Idempotent."""
         if self._thread.is_alive():
-            self._queue.put(None)
+            self._calls.put(False)
             self._thread.join()
         self._engine.dispose()
 
+    def _call_writer(self) -> None:
+        if not self._is_called:
+            self._is_called = True
+            self._calls.put(True)
+
     def _run(self) -> None:
         with self._writer_connection() as connection:
-            while True:
-                batch = [self._next(connection)]
-                while len(batch) < _MOST_IN_ONE_COMMIT:
-                    try:
-                        batch.append(self._queue.get_nowait())
-                    except queue.Empty:
-                        break
-                self._commit([item for item in batch if item is not None], connection)
-                if None in batch:
-                    return
+            goes_on = True
+            while goes_on:
+                goes_on = self._next_call(connection)
+                self._is_called = False  # before it counts: what comes later calls again
+                waiting = len(self._waiting)
+                while waiting:
+                    size = min(waiting, _MOST_IN_ONE_COMMIT)
+                    self._commit([self._waiting.popleft() for _ in range(size)], connection)
+                    waiting -= size
 
-    def _next(self, connection: sa.Connection) -> _Work[Any] | None:
-        """Wait for the next write. Meanwhile move the log, when that is due."""
+    def _next_call(self, connection: sa.Connection) -> bool:
+        """Wait until something is to be written. Meanwhile move the log, when that is due."""
         if self._since_checkpoint >= _WRITES_BETWEEN_CHECKPOINTS:
             if self._since_checkpoint < _MOST_BETWEEN_CHECKPOINTS:
                 with suppress(queue.Empty):
-                    return self._queue.get(timeout=_GAP)
+                    return self._calls.get(timeout=_GAP)
             self._since_checkpoint = 0
             _checkpoint(connection)
-        return self._queue.get()
+        return self._calls.get()
 
     def _writer_connection(self) -> sa.Connection:
         return self._engine.connect().execution_options(**{_WRITES: True})
 
     def _commit(self, batch: list[_Work[Any]], connection: sa.Connection) -> None:
         """Perform and commit, then tell those who wait."""
-        if not batch:
-            return
         try:
             try:
                 self._transact(connection, batch, _perform)
@@ -295,7 +304,7 @@ def _configure_sqlite(engine: sa.Engine) -> None:
         # A writer waits for the lock here. A transaction that has read before it writes cannot
         # wait: it fails if another process has written in between.
         writes = connection.get_execution_options().get(_WRITES)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        execute_text(connection, "BEGIN IMMEDIATE" if writes else "BEGIN").close()
 
 
 def _checkpoint(connection: sa.Connection) -> None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from holdfast.catalog.statements import Statement
 from holdfast.catalog.tables import epoch
 
 _READ = sa.select(epoch.c.number, epoch.c.holder, epoch.c.raised)
-_LOCK = sa.select(epoch.c.number).with_for_update(read=True)
+_LOCK = Statement(sa.select(epoch.c.number).with_for_update(read=True))
 
 
 class EpochLost(Exception):
@@ -50,7 +51,7 @@ def begin(connection: sa.Connection, holder: str) -> int:
 
 def check(connection: sa.Connection, mine: int) -> None:
     """Raises EpochLost unless the epoch is `mine`, and will be until this transaction ends."""
-    if connection.scalar(_LOCK) != mine:
+    if _LOCK.scalar(connection) != mine:
         raise lost(current(connection), mine)
 
 

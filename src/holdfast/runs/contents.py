@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from holdfast.catalog.statements import Statement
 from holdfast.catalog.tables import contents
 from holdfast.runs.segments import JournalDamaged, Place, Segments
 
@@ -34,7 +35,10 @@ _THIS = (
     & (contents.c.seq == sa.bindparam("number"))
     & (contents.c.part == sa.bindparam("which"))
 )
-_ADD = contents.insert()
+_ADD = Statement(
+    contents.insert(),
+    *("run_id", "generation", "seq", "part", "size", "segment", "start", "data"),
+)
 _GET = sa.select(contents.c.data, contents.c.size, contents.c.segment, contents.c.start).where(
     _THIS
 )
@@ -50,10 +54,12 @@ def put(
 ) -> None:
     """Keep a body or result."""
     place = segments.append(data) if len(data) > LARGE else None
-    connection.execute(
-        _ADD,
+    _ADD.execute(
+        connection,
         {
-            **address._asdict(),
+            "run_id": address.run_id,
+            "generation": address.generation,
+            "seq": address.seq,
             "part": part,
             "size": len(data),
             "segment": None if place is None else place.segment,

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from holdfast.catalog.statements import Statement
 from holdfast.catalog.tables import contents, operations, runs, sessions, snapshots
 from holdfast.runs.bodies import MISSING
 from holdfast.runs.contents import Address, Part, get, put
@@ -76,9 +77,17 @@ _THIS_ONE = (
     & (operations.c.seq == sa.bindparam("number"))
 )
 _ADD = operations.insert()
+_ACCEPT = Statement(
+    _ADD,
+    *("run_id", "generation", "seq", "kind", "state", "body_hash", "accepted", "attempts"),
+)
 _NOTE_REQUEST = runs.update().where(_THIS_RUN)
 _NOTE_END = runs.update().where(_THIS_RUN & runs.c.ending.is_(None))
 _CHANGE = operations.update().where(_THIS_ONE)
+_DONE = Statement(
+    _CHANGE,
+    *("run", "life", "number", "state", "settled", "result_hash", "result_size"),
+)
 _OUTCOME = sa.select(operations.c.kind, operations.c.state, operations.c.error).where(_THIS_ONE)
 _HASHES = sa.select(operations.c.body_hash, operations.c.result_hash).where(_THIS_ONE)
 _RECORD = sa.select(operations.c.target, operations.c.result_hash, operations.c.error).where(
@@ -131,13 +140,18 @@ def add(
         "kind": entry.kind,
         "state": entry.state.value,
         "body_hash": entry.body_hash,
-        "error": failure.as_json() if failure else None,
-        "mark_at": mark_at,
         "accepted": now,
-        "settled": now if entry.state.settled else None,
         "attempts": 0,
     }
-    connection.execute(_ADD, values)
+    if entry.state.settled:
+        values |= {
+            "error": failure.as_json() if failure else None,
+            "mark_at": mark_at,
+            "settled": now,
+        }
+        connection.execute(_ADD, values)
+    else:
+        _ACCEPT.execute(connection, values)
     if body is not None:
         put(connection, segments, _address(key, entry.seq), "body", body)
     if requested is not None:
@@ -155,20 +169,28 @@ def settle(
     target: str | None = None,
 ) -> None:
     """Record an outcome. A load's `target` is the manifest it used, a save's the one it made."""
-    values: dict[str, Any] = {"settled": now}
     if outcome.failure is not None:
-        values |= {"state": State.FAILED.value, "error": outcome.failure.as_json()}
+        values: dict[str, Any] = {
+            "state": State.FAILED.value,
+            "error": outcome.failure.as_json(),
+            "settled": now,
+        }
+        connection.execute(_CHANGE, {**_this_one(key, seq), **values})
     else:
         assert outcome.result is not None
-        values |= {
-            "state": State.DONE.value,
-            "result_hash": digest(outcome.result),
-            "result_size": len(outcome.result),
-        }
         put(connection, segments, _address(key, seq), "result", outcome.result)
+        _DONE.execute(
+            connection,
+            {
+                **_this_one(key, seq),
+                "state": State.DONE.value,
+                "settled": now,
+                "result_hash": digest(outcome.result),
+                "result_size": len(outcome.result),
+            },
+        )
     if target is not None:
-        values["target"] = target
-    connection.execute(_CHANGE, {**_this_one(key, seq), **values})
+        set_target(connection, key, seq, target)
 
 
 def note_end(connection: Connection, key: RunKey, reason: Failure) -> None:

@@ -25,7 +25,6 @@ from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Order, State
 from holdfast.runs.segments import Segments
 from holdfast.runs.stopping import Stopping
-from holdfast.store.retries import pauses
 
 T = TypeVar("T")
 
@@ -547,10 +546,11 @@ class Run:
 
 async def patiently(call: Callable[[], Awaitable[T]], log: structlog.BoundLogger = _log) -> T:
     """Something that has to happen and writes to the catalog: tried until that takes it."""
-    again = pauses(0.05)
+    pause = 0.05
     while True:
         try:
             return await call()
         except CatalogUnavailable as error:
             log.warning("catalog unavailable, trying again", error=str(error))
-        await asyncio.sleep(next(again))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
