@@ -88,7 +88,7 @@ def test_a_save_waits_for_room_on_the_disk(tmp_path: Path) -> None:
 
 
 def test_a_save_gives_up_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "WRITE_RETRY_SECONDS", 0.4)
+    monkeypatch.setattr(worker, "STORAGE_WAITED_FOR", 0.4)
     store = FailingStore(tmp_path / "store")
     store.failures = 1 << 30
     header = write_one(store)

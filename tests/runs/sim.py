@@ -47,7 +47,7 @@ from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, Engines
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.segments import Segments
 from holdfast.runs.service import Lifetimes, Runs
-from holdfast.store import LocalStore
+from holdfast.store import LocalStore, retries
 from holdfast.store.files import LocalFiles, WriteFile
 from tests.store.crash import Died, Disk, Process
 
@@ -66,6 +66,7 @@ _TIMED = (
     service,
     sessions,
     turns,
+    retries,
 )
 """The modules that read the clock."""
 

@@ -183,3 +183,19 @@ def test_what_the_end_overtook_would_be_taken_for_failures(
     monkeypatch.setattr("holdfast.runs.journal.ENDS", frozenset())
     with pytest.raises(AssertionError):
         end_in_part(clients)
+
+
+def test_what_came_first_stays_first_when_the_clock_is_set_back(clients: Clients) -> None:
+    (run,) = clients.all
+    for _ in range(2):
+        clients.leave_a_gap(pick=1)  # 1 and 3 are missing
+    clients.all_end()
+    for number in (1, 0):  # the later one comes first
+        clients.fill_a_gap(pick=0, which=number, kind=bodies.FORWARD_BACKWARD)
+        clients._world.clock.wall -= DAY
+        clients.restart()
+    clients._submit(run, bodies.OPTIM_STEP, steps())
+    clients.all_end()  # and its message is the one that the model expects
+    outcome = run.ops[run.highest].seen
+    assert outcome is not None and outcome.failure is not None
+    assert "request 3 " in outcome.failure.message

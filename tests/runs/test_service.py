@@ -364,6 +364,32 @@ class Clients(RuleBasedStateMachine):
     def restart(self, within: float = 20.0) -> None:
         self._world.restart(within)
 
+    @precondition(lambda self: self._open())
+    @rule(pick=numbers, beside=st.integers(1, 6), within=st.sampled_from([20.0, 0.1]))
+    def restart_while_asked(self, pick: int, beside: int, within: float) -> None:
+        """What is refused because the server stops is not there, what is taken is done."""
+        run, runs = self._pick(pick), self._world.runs
+        sent = self._next_requests(run, beside, pick)
+        accepted, refused = set(), set()
+
+        async def ask() -> None:
+            for op in sent:
+                assert isinstance(op.body, bytes)
+                try:
+                    live = await runs.live(run.id, OWNER)
+                    assert await live.submit(op.seq, op.kind, op.body) == op.request_id
+                    accepted.add(op.seq)
+                except Unavailable:
+                    refused.add(op.seq)
+                await asyncio.sleep(0.005)
+
+        started = self._now
+        self._world.restart(within, beside=ask)
+        for op in sent:
+            if op.seq in accepted or self._in_journal(run, op.seq) is not None:
+                assert op.seq not in refused, f"{op} was refused, and taken all the same"
+                self._enter(run, op, started)
+
     @precondition(lambda self: self.deaths_since_quiet < 2)
     @rule(points=st.integers(0, 20))
     def kill_the_worker_soon(self, points: int) -> None:
@@ -692,14 +718,18 @@ class Clients(RuleBasedStateMachine):
         assert self._send(run, op) == op.request_id
         self._enter(run, op, started)
 
+    def _next_requests(self, run: ModelRun, count: int, x: int) -> list[Op]:
+        numbers = range(run.highest + 1, run.highest + 1 + count)
+        return [
+            Op(n, bodies.FORWARD_BACKWARD, batch(x + n), request_id=self._request_id(run, n))
+            for n in numbers
+        ]
+
     def _do_beside(
         self, run: ModelRun, count: int, x: int, call: Callable[[], Awaitable[None]]
     ) -> None:
         """Send requests while something happens that ends the run. What it takes has an outcome."""
-        sent = []
-        for seq in range(run.highest + 1, run.highest + 1 + count):
-            request_id = self._request_id(run, seq)
-            sent.append(Op(seq, bodies.FORWARD_BACKWARD, batch(x + seq), request_id=request_id))
+        sent = self._next_requests(run, count, x)
         accepted = set()
 
         async def send(op: Op) -> None:

@@ -22,7 +22,7 @@ from holdfast.store import CorruptBlob, DiskFull
             "false",
             None,
         ),
-        (DiskFull("no space left"), 503, None, "1"),
+        (DiskFull("no space left"), 503, None, "2"),
         (ZeroDivisionError(), 500, None, None),  # met by chance, perhaps: may be sent again
     ],
 )

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from holdfast.cli.options import data_dir
+from holdfast.cli.output import print_table
 
 if TYPE_CHECKING:
     from holdfast.server.auth import Keys
@@ -41,11 +40,10 @@ def create(owner: str, data_dir: Path) -> None:
 def list_keys(data_dir: Path) -> None:
     """List the keys in force."""
     with _keys(data_dir) as keys:
-        table = Table("id", "owner", "created")
-        for key in keys.all():
-            created = datetime.fromtimestamp(key.created, UTC).isoformat(" ", "seconds")
-            table.add_row(key.id, key.owner, created)
-        Console().print(table)
+        print_table(
+            ("id", "owner", "created (UTC)"),
+            [(key.id, key.owner, datetime.fromtimestamp(key.created, UTC)) for key in keys.all()],
+        )
 
 
 @command.command()

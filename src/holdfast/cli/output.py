@@ -25,6 +25,9 @@ from rich.table import Table
 
 from holdfast.protocol.errors import ConnectionFailedError, HoldfastError
 
+_WIDEST = 10_000
+"""Columns of an output that is no terminal."""
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -171,7 +174,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _console() -> Console:
-    return Console(highlight=False, emoji=False)
+    # A line stays a line for a program that reads it, and for who copies an id from a file.
+    width = None if sys.stdout.isatty() else _WIDEST
+    return Console(highlight=False, emoji=False, width=width)
 
 
 def _plain(value: object) -> str:

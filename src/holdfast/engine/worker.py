@@ -24,13 +24,11 @@ from holdfast.engine import frames
 from holdfast.engine.interface import AdamParams, EngineError
 from holdfast.store import Corrupt, Store, StoreError, Unavailable, open_store
 from holdfast.store.model import Blob
+from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 
 if TYPE_CHECKING:
     from holdfast.engine.core import Core
     from holdfast.engine.state import HostCopy
-
-WRITE_RETRY_SECONDS = 60.0
-"""How long a save is tried again while the disk is full or fails."""
 
 _PROGRESS_SECONDS = 0.5
 _WRITERS = 2
@@ -125,17 +123,16 @@ class Writer:
         self._outbox.send(header)
 
     def _put(self, parts: list[bytes | memoryview]) -> Blob:
-        deadline = time.monotonic() + WRITE_RETRY_SECONDS
-        pause = 0.25
+        again = pauses(within=STORAGE_WAITED_FOR)
         while True:
             try:
                 return self._store.put_blob(parts)
             except Unavailable as error:
-                if time.monotonic() + pause > deadline:
+                pause = next(again, None)
+                if pause is None:
                     raise store_error(error) from error
                 log.warning("a save is tried again: %s", error)
                 time.sleep(pause)
-                pause = min(2 * pause, 5.0)
             except StoreError as error:
                 raise store_error(error) from error
 

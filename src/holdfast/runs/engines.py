@@ -13,6 +13,7 @@ from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, Worker
 from holdfast.runs.errors import RunError, stopping
 from holdfast.runs.residents import Residents
 from holdfast.runs.turns import Turns
+from holdfast.store.retries import STORAGE_WAITED_FOR
 
 StartEngine = Callable[[str], Awaitable[Worker]]
 """Starts the worker of a base model, by its name."""
@@ -26,8 +27,8 @@ LOADING_TAKES = 1800.0
 """Seconds after which a worker that is still loading its base model is ended: a large one comes
 from slow disks, or is downloaded first."""
 _WATCH_EVERY = 10.0
-_WRITES_TAKE = 120.0
-"""Seconds after which what is being written is no longer waited for: a full disk is, for 60 s."""
+_WRITES_TAKE = 2 * STORAGE_WAITED_FOR
+"""Seconds after which what is being written is no longer waited for: longer than a full disk is."""
 DEFAULT_ADAPTER_MEMORY = 4 << 30
 """Bytes of weights and optimizer states that a worker keeps of runs that are not computing."""
 

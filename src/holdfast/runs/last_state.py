@@ -10,8 +10,7 @@ from holdfast.catalog import CatalogUnavailable
 from holdfast.runs import journal
 from holdfast.runs.errors import RunError
 from holdfast.runs.run import Run
-
-_LONGEST_PAUSE = 60.0
+from holdfast.store.retries import pauses
 
 
 async def keep_recovery_point(run: Run, expires: float) -> bool:
@@ -23,7 +22,7 @@ async def keep_recovery_point(run: Run, expires: float) -> bool:
     """
     if run.order.reached < 1:
         return True
-    pause = 1.0
+    again = pauses(1.0, 60.0)
     while True:
         try:
             return await _keep(run, expires)
@@ -32,8 +31,7 @@ async def keep_recovery_point(run: Run, expires: float) -> bool:
                 run.log.error("the last state is not kept", error=error.message)
                 return False
             run.log.warning("the last state is not kept yet", error=str(error))
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        await asyncio.sleep(next(again))
 
 
 async def _keep(run: Run, expires: float) -> bool:

@@ -33,6 +33,7 @@ from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
 from holdfast.store import Manifest, NameKey
 from holdfast.store.model import CheckpointKind
+from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 
 REPLAY_BOUND = 30.0
 """Seconds of compute after which a snapshot is taken."""
@@ -43,8 +44,6 @@ MOST_SNAPSHOT_DEATHS = 3
 WITHOUT_SNAPSHOTS = 600.0
 """Seconds for which a run then goes on without snapshots of its own accord."""
 _AFTER_FAILED_SNAPSHOT = 30.0
-_PUBLISHING_TAKES = 60.0
-"""Seconds for which a manifest or a name is tried again that the storage did not take."""
 
 _AnySave = Save | SaveExternal | SaveSampler
 
@@ -358,17 +357,16 @@ class Publisher:
     async def _publish(self, manifest: Manifest, *, replace: bool = False) -> str:
         """Publish, trying again for a while when the storage fails: it may be full for a moment."""
         publish = self._run.services.checkpoints.publish
-        deadline = time.monotonic() + _PUBLISHING_TAKES
-        pause = 0.25
+        again = pauses(within=STORAGE_WAITED_FOR)
         while True:
             try:
                 return await self._run.patiently(lambda: publish(manifest, replace=replace))
             except RunError as error:
-                if error.reason != "unavailable" or time.monotonic() + pause > deadline:
+                pause = next(again, None)
+                if error.reason != "unavailable" or pause is None:
                     raise
                 self._run.log.warning("publishing is tried again", error=error.message)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, 5.0)
 
     def _check_turn(self, seq: int) -> None:
         """Raises StateGone when an earlier save was lost with its worker, and is to come first."""

@@ -25,6 +25,7 @@ from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Order, State
 from holdfast.runs.segments import Segments
 from holdfast.runs.stopping import Stopping
+from holdfast.store.retries import pauses
 
 T = TypeVar("T")
 
@@ -546,11 +547,10 @@ class Run:
 
 async def patiently(call: Callable[[], Awaitable[T]], log: structlog.BoundLogger = _log) -> T:
     """Something that has to happen and writes to the catalog: tried until that takes it."""
-    pause = 0.05
+    again = pauses(0.05)
     while True:
         try:
             return await call()
         except CatalogUnavailable as error:
             log.warning("catalog unavailable, trying again", error=str(error))
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 5.0)
+        await asyncio.sleep(next(again))

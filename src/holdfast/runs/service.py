@@ -150,6 +150,9 @@ class Runs:
         half_ended = await self.sessions.half_ended()
         sessions = {s.id: s for s in [*await self.sessions.open(), *half_ended]}
         found = await self.catalog.read(journal.live_runs)
+        for resumed in found.values():
+            for item in resumed.operations:
+                self._clock.go_on_from(item.accepted)
         for record in await self._records(runs.c.state == "live"):
             session = sessions.get(record.session_id)
             if session is not None:

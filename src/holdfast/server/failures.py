@@ -22,8 +22,9 @@ from holdfast.runs.errors import Reason, RunError
 from holdfast.store import StoreError
 from holdfast.store import Unavailable as StoreUnavailable
 
-RETRY_AFTER = 1
-"""Seconds after which a request that could not be taken now may come again."""
+RETRY_AFTER = 2
+"""Seconds after which a request that could not be taken now may come again. The official client
+asks ten times more for a session, and waits as told: that has to outlast a stop."""
 
 _log = structlog.get_logger("holdfast.server")
 

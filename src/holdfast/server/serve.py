@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import queue
@@ -77,6 +78,7 @@ def serve(settings: Settings) -> None:
                 timeout_keep_alive=75,
                 lifespan="on",
             )
+            gc.freeze()  # modules stay: neither collections nor the end need to look at them
             _Server(config, app.state.context.runs, settings.stop_within).run(sockets=[listening])
         finally:
             store.close()
