@@ -1,32 +1,41 @@
 """A campaign of faults against real servers: `scripts/fault-campaign --minutes N --seed S`.
 
-One script after the other, each on a server of its own that is disturbed all the time; each must
-see exactly what an undisturbed one saw. The script of seed S is disturbed as any of that seed.
+Scripts run side by side, each on a server of its own that is disturbed all the time; each must see
+exactly what an undisturbed one saw. The script of seed S is disturbed as any of that seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import secrets
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.disturb import KINDS, Disturbance, Disturber, Kind, plan
-from tests.faults.script import BASE_MODEL, CLIENTS, Client, Nobody, Seen, run_script
-from tests.faults.surroundings import CLOCK, SmallDisk
+from tests.faults.disturb import Disturber
+from tests.faults.network import Network
+from tests.faults.plan import KINDS, Disturbance, Kind, plan
+from tests.faults.preloaded import preloaded_workers
+from tests.faults.script import CLIENTS, Client, Nobody, Seen, run_script
+from tests.faults.server import FaultyServer
+from tests.faults.surroundings import SmallDisk
 from tests.support.models import save_small_model
-from tests.support.server import ServerProcess
 
 _MEGABYTES = 256
 """Of the disk that is filled: several times what a script needs."""
+LIMITS = {"HUNG_AFTER": 20.0, "LOADING_TAKES": 30.0, "_WATCH_EVERY": 1.0}
+"""Seconds after which a worker that hangs is ended: far less than a user's server waits."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Outcome:
 
 
 class Campaign:
-    """A server with fail points and a clock of its own, and scripts on it."""
+    """A server that is disturbed, and scripts on it."""
 
     def __init__(
         self,
@@ -48,49 +57,125 @@ class Campaign:
         steps: int,
         clients: Sequence[Client] = CLIENTS,
         *,
-        model: Path | None = None,
+        model: Path,
+        workers: Path | None = None,
+        limits: Mapping[str, float] | None = None,
         disk: SmallDisk | None = None,
+        network: bool = False,
     ) -> None:
         self._steps = steps
         self._clients = clients
         self._disk = disk
-        self._points = directory / "points"
-        self._points.mkdir(parents=True)
-        self._clock = directory / "clock"
-        self.server = ServerProcess(
-            directory / "server",
-            models={BASE_MODEL: model or save_small_model("llama", directory / "model")},
-            environment={
-                "HOLDFAST_FAILPOINTS": str(self._points),
-                "FAULTS_CLOCK": str(self._clock),
-            },
-            paths=[CLOCK],
-        )
+        self._network = network
+        self.server = FaultyServer(directory / "server", model, workers, limits)
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether the server's disk is its own, so that it can be full."""
+        return self._disk is not None
 
     def undisturbed(self) -> list[Seen]:
         return run_script(self.server, self._steps, Nobody(), self._clients)
 
     def disturbed(self, planned: Iterable[Disturbance]) -> Outcome:
         """Run the script once while the server is disturbed as planned."""
-        disturber = self._disturber()
-        return self._run(disturber, disturber.following(planned))
+        return self._run(lambda disturber: disturber.following(planned))
 
-    def dying_at(self, points: Iterable[str]) -> Outcome:
+    def dying_at(self, points: Sequence[str]) -> Outcome:
         """Run the script once while the server dies at each of these fail points."""
-        disturber = self._disturber()
-        return self._run(disturber, disturber.dying_at(points))
+        every = len(self._clients) * self._steps // (2 * len(points))
+        return self._run(lambda disturber: disturber.dying_at(points, every))
 
-    def _disturber(self) -> Disturber:
-        return Disturber(self.server, self._points, self._clock, len(self._clients), self._disk)
-
-    def _run(self, disturber: Disturber, disturbing: AbstractContextManager[None]) -> Outcome:
-        with disturbing:
-            seen = run_script(self.server, self._steps, disturber, self._clients)
+    def _run(self, disturbing: Callable[[Disturber], AbstractContextManager[None]]) -> Outcome:
+        with Network(self.server) if self._network else nullcontext() as network:
+            disturber = Disturber(self.server, len(self._clients), disk=self._disk, network=network)
+            url = None if network is None else network.url
+            with disturbing(disturber):
+                seen = run_script(self.server, self._steps, disturber, self._clients, url=url)
         return Outcome(seen, disturber.done, disturber.kills, disturber.not_reached)
 
 
 class Failed(Exception):
     """A script that saw something of what was done to its server."""
+
+
+@dataclass
+class _Series:
+    """Scripts one after the other, some at a time, until the time is up or one has failed."""
+
+    root: Path
+    first_seed: int
+    steps: int
+    clients: Sequence[Client]
+    kinds: Sequence[Kind]
+    model: Path
+    workers: Path
+    end: float
+    """Monotonic time."""
+    kills: int = 0
+    survived: int = 0
+    failed: list[tuple[int, BaseException]] = field(default_factory=list)
+    """By the seed of the script."""
+
+    def run(self, at_a_time: int) -> None:
+        """Raises the first failure."""
+        self._seeds = itertools.count(self.first_seed)
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        with _campaign(self.root / "undisturbed", self.steps, self.clients, self.model) as one:
+            self._expected = one.undisturbed()
+        with ThreadPoolExecutor(at_a_time) as pool:
+            for done in [pool.submit(self._one_after_the_other) for _ in range(at_a_time)]:
+                done.result()
+        for _, error in self.failed:
+            raise error
+
+    def _one_after_the_other(self) -> None:
+        while self._going_on():
+            with self._lock:
+                seed = next(self._seeds)
+            try:
+                outcome = self._one(seed)
+            except BaseException as error:
+                self.failed.append((seed, error))
+                return
+            with self._lock:
+                self._count(outcome)
+
+    def _going_on(self) -> bool:
+        return time.monotonic() < self.end and not self.failed
+
+    def _one(self, seed: int) -> Outcome:
+        network = seed % 2 == 1  # the others reach their server directly
+        kinds = [kind for kind in self.kinds if network or kind != "lost answers"]
+        with _campaign(
+            self.root / str(seed),
+            self.steps,
+            self.clients,
+            self.model,
+            workers=self.workers,
+            limits=LIMITS,
+            network=network,
+        ) as campaign:
+            # At the end it is left alone, so that the script comes to its own.
+            planned = itertools.takewhile(lambda _: self._going_on(), plan(seed, kinds))
+            outcome = campaign.disturbed(planned)
+            if outcome.seen != self._expected:
+                raise Failed(f"it saw a difference after {dict(outcome.done)}")
+            if "Traceback" in campaign.server.log:
+                raise Failed("the log shows a defect")
+        shutil.rmtree(self.root / str(seed))
+        return outcome
+
+    def _count(self, outcome: Outcome) -> None:
+        self.kills += outcome.kills
+        self.survived += 1
+        rate = self.kills / (time.monotonic() - self._began) * 60
+        print(
+            f"{self.kills} kills ({rate:.0f} a minute), {self.survived} scripts identical"
+            f"  {dict(outcome.done)}",
+            flush=True,
+        )
 
 
 def main() -> int:
@@ -112,58 +197,63 @@ def main() -> int:
     warnings.simplefilter("ignore")
     root = Path(tempfile.mkdtemp(prefix="fault-campaign-"))
     kinds: Sequence[Kind] = options.disturb or KINDS
-    if not _has_disks(root):
+    if not has_disks(root):
         print("no disk can be made here: a full one is left out", flush=True)
-        kinds = [kind for kind in kinds if kind != "full disk"]
+        kinds = [kind for kind in kinds if not kind.endswith("full disk")]
     print(f"seed {options.seed}", flush=True)
     model = save_small_model("llama", root / "model")
-    end = time.monotonic() + 60 * options.minutes
-    kills = survived = 0
-    seed = options.seed
-    try:
-        with _campaign(root / "undisturbed", options.steps, clients[options.client], model) as one:
-            expected = one.undisturbed()
-        while time.monotonic() < end:
-            seed = options.seed + survived
-            with _campaign(root / str(seed), options.steps, clients[options.client], model) as one:
-                outcome = one.disturbed(_until(end, plan(seed, kinds)))
-                if outcome.seen != expected:
-                    raise Failed(f"it saw a difference after {dict(outcome.done)}")
-                if "Traceback" in one.server.log:
-                    raise Failed("the log shows a defect")
-            shutil.rmtree(root / str(seed))
-            kills += outcome.kills
-            survived += 1
-            print(f"{kills} kills, {survived} scripts identical  {dict(outcome.done)}", flush=True)
-    except BaseException:
-        print(f"seed {options.seed}: {kills} kills, {survived} scripts identical, then one failed")
-        print(f"its data and log are kept in {root}; the same again: --seed {seed}", flush=True)
-        raise
+    with preloaded_workers(root, FaultyServer(root / "any", model).environment()) as workers:
+        series = _Series(
+            root,
+            options.seed,
+            options.steps,
+            clients[options.client],
+            kinds,
+            model,
+            workers,
+            time.monotonic() + 60 * options.minutes,
+        )
+        try:
+            # Much of a script's time goes into clients' pauses.
+            series.run(max(2, os.cpu_count() or 1))
+        except BaseException:
+            told = f"seed {options.seed}: {series.kills} kills, {series.survived} scripts identical"
+            print(f"{told}, then one failed; all data and logs are kept in {root}", flush=True)
+            for seed, error in series.failed:
+                print(f"the same again: --seed {seed}   ({error!r})", flush=True)
+            raise
     shutil.rmtree(root)
-    print(f"seed {options.seed}: {kills} kills, {survived} of {survived} scripts survived")
+    print(f"seed {options.seed}: {series.kills} kills, {series.survived} scripts, all identical")
     return 0
-
-
-def _until(end: float, planned: Iterable[Disturbance]) -> Iterator[Disturbance]:
-    """What is planned, while there is time: then the script comes to its end undisturbed."""
-    for disturbance in planned:
-        if time.monotonic() > end:
-            return
-        yield disturbance
 
 
 @contextmanager
 def _campaign(
-    directory: Path, steps: int, clients: Sequence[Client], model: Path
+    directory: Path,
+    steps: int,
+    clients: Sequence[Client],
+    model: Path,
+    *,
+    workers: Path | None = None,
+    limits: Mapping[str, float] | None = None,
+    network: bool = False,
 ) -> Iterator[Campaign]:
     """A campaign whose server has a disk of its own where one can be made."""
     server = directory / "server"
-    try:
+    disk = None
+    with suppress(OSError):
         disk = SmallDisk(server, _MEGABYTES)
-    except OSError:
-        disk = None
     try:
-        campaign = Campaign(directory, steps, clients, model=model, disk=disk)
+        campaign = Campaign(
+            directory,
+            steps,
+            clients,
+            model=model,
+            workers=workers,
+            limits=limits,
+            disk=disk,
+            network=network,
+        )
         with campaign.server:
             yield campaign
     finally:
@@ -174,7 +264,8 @@ def _campaign(
             (directory / "kept").rename(server)
 
 
-def _has_disks(directory: Path) -> bool:
+def has_disks(directory: Path) -> bool:
+    """Whether this process may make a `SmallDisk`."""
     try:
         SmallDisk(directory / "disk", 1).remove()
     except OSError:

@@ -1,86 +1,38 @@
-"""What is done to a server while a script trains on it: kills, suspensions, a full disk, …"""
+"""Disturbs a server while a script trains on it: kills, suspensions, a full disk, …"""
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
 
-from holdfast import failpoints
-from tests.faults.surroundings import SmallDisk, locked_database, no_room_for_files, set_clock
-from tests.support.server import ServerProcess
-
-Kind = Literal[
-    "kill server",
-    "kill worker",
-    "kill both",
-    "die at a point",
-    "restart",
-    "suspend server",
-    "suspend worker",
-    "no room",
-    "full disk",
-    "locked database",
-    "clock",
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-_WEIGHTS = {"kill server": 3, "kill worker": 3, "kill both": 2, "die at a point": 6}
-"""How often each kind is drawn; once where nothing stands here."""
+from tests.faults.network import Network
+from tests.faults.plan import Disturbance
+from tests.faults.server import FaultyServer
+from tests.faults.surroundings import (
+    SmallDisk,
+    damage_newest_snapshot,
+    locked_database,
+    no_room_for_files,
+    set_clock,
+)
 
 MOST_KILLS = 2
-"""Between two steps of any one tenant: an operation that kills its worker by itself does it three
-times."""
-QUIET = 0.3
-"""Seconds at most between a step of the script and the next disturbance."""
+"""Of the worker, between two steps of any one tenant: an operation that kills its worker by itself
+does it three times."""
 LATEST = 3.0
-"""Seconds for which a server may not come to the fail point where it is to die."""
-_DAY = 24 * 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Disturbance:
-    """One thing to be done, after a pause; some last for some seconds, or have an object."""
-
-    kind: Kind
-    pause: float = 0.0
-    seconds: float = 0.0
-    point: str = failpoints.POINTS[0]
-    clock: float = 0.0
-    """Seconds by which the clock is wrong from now on."""
-
-    @property
-    def name(self) -> str:
-        return f"die at {self.point}" if self.kind == "die at a point" else self.kind
-
-
-def plan(
-    seed: int, kinds: Sequence[Kind] = KINDS, *, longest: float = 60.0
-) -> Iterator[Disturbance]:
-    """Disturbances without end, the same ones for the same seed."""
-    draw = random.Random(seed)
-    weights = [_WEIGHTS.get(kind, 1) for kind in kinds]
-    while True:
-        kind = draw.choices(kinds, weights)[0]
-        pause, share = draw.uniform(0, QUIET), draw.random()
-        point = draw.choice(failpoints.POINTS)
-        clock = draw.uniform(-3, 3) * _DAY
-        # Mostly short; rarely a minute.
-        suspended = min(longest, 0.1 * (longest / 0.1) ** (share**2))
-        seconds = suspended if kind.startswith("suspend") else min(longest, 0.5 + 9 * share)
-        yield Disturbance(kind, pause, seconds, point, clock)
+"""Seconds for which a server may not come to what is to happen to it."""
+_LOADED = "base model ready"
+_HANGS = 120.0
+"""Seconds after which a server that leaves a hung worker alone has failed."""
 
 
 class Disturber:
-    """Disturbs a server in a thread: as planned, or by letting it die at every fail point.
+    """Disturbs a server in a thread: as planned, or by letting it die at fail points.
 
     It is the watcher of the script: between two disturbances the script makes a step, and when
     disturbing fails, the script is told at once.
@@ -88,23 +40,25 @@ class Disturber:
 
     def __init__(
         self,
-        server: ServerProcess,
-        points: Path,
-        clock: Path,
+        server: FaultyServer,
         tenants: int,
+        *,
         disk: SmallDisk | None = None,
+        network: Network | None = None,
     ) -> None:
         self._server = server
-        self._points = points
-        self._clock = clock
         self._disk = disk
+        self._network = network
+        self._steps = 0
         self._progress = threading.Event()
         self._stop = threading.Event()
         self._since = dict.fromkeys(range(1, tenants + 1), 0)
-        """Kills since each tenant made a step."""
+        """Deaths of the worker since each tenant made a step."""
         self._thread: threading.Thread | None = None
         self.done: Counter[str] = Counter()
         """How often each disturbance was made."""
+        self.kills = 0
+        """Processes ended by SIGKILL; a server and its worker together are one."""
         self.not_reached: list[str] = []
         """Fail points that were armed and never come to."""
         self.error: BaseException | None = None
@@ -113,6 +67,7 @@ class Disturber:
 
     def progress(self, tenant: int) -> None:
         self._since[tenant] = 0
+        self._steps += 1
         self._progress.set()
 
     def finished(self, tenant: int) -> None:
@@ -132,16 +87,13 @@ class Disturber:
             yield
 
     @contextmanager
-    def dying_at(self, points: Iterable[str]) -> Iterator[None]:
-        """Let the server die once at each of these fail points, whenever it comes to it."""
-        for point in points:
-            (self._points / point).touch()
-        with self._running(self._look_after):
-            yield
+    def dying_at(self, points: Sequence[str], every: int) -> Iterator[None]:
+        """Let the server die once at each of these fail points, whenever it comes to it.
 
-    @property
-    def kills(self) -> int:
-        return sum(n for name, n in self.done.items() if name.startswith(("kill", "die")))
+        One more is armed after `every` steps of the script.
+        """
+        with self._running(lambda: self._die_at_each(points, every)):
+            yield
 
     @contextmanager
     def _running(self, work: Callable[[], None]) -> Iterator[None]:
@@ -159,11 +111,11 @@ class Disturber:
             self._stop.set()
             self._progress.set()
             self._thread.join()
-            self.not_reached = sorted(path.name for path in self._points.iterdir())
+            self.not_reached += sorted(path.name for path in self._server.points.iterdir())
             self._disarm()
             if self.error is None and not self._server.alive:
                 self._server.kill_and_restart()
-        self.check()
+            self.check()
 
     # --- In its thread -----------------------------------------------------------------------
 
@@ -182,42 +134,140 @@ class Disturber:
                 break
         return not self._stop.is_set()
 
-    def _look_after(self) -> None:
-        """Start a server again whenever it has reached a fail point."""
+    def _die_at_each(self, points: Sequence[str], every: int) -> None:
+        left = list(points)
         while not self._stop.wait(0.01):
+            if left and self._steps >= every * (len(points) - len(left)):
+                (self._server.points / left.pop(0)).touch()
             if not self._server.alive:
-                self.done["die at a point"] += 1
+                self._died("die at a point")
                 self._server.kill()
                 self._server.launch()  # it may come to the next one while it starts
+        self.not_reached += left
 
     def _disturb(self, what: Disturbance) -> None:
-        server = self._server
+        server, seconds = self._server, what.seconds
         match what.kind:
             case "kill server":
-                server.kill_and_restart()
+                self._kill_server()
             case "kill worker":
-                while server.kill_workers() == 0 and not self._stop.wait(0.1):
-                    pass  # there is none yet
+                self._kill_worker()
             case "kill both":
-                server.kill_workers()
-                server.kill_and_restart()
+                if server.kill_workers():
+                    self._worker_died()
+                self._kill_server()
+            case "kill while starting":
+                self._kill_while_starting(seconds)
+            case "kill while stopping":
+                server.terminate()
+                self._stop.wait(seconds)
+                self._kill_server()
             case "die at a point":
                 if not self._die_at(what.point):
                     self.done[f"not reached: {what.point}"] += 1
                     return
             case "restart":
                 server.restart()
+            case "hung worker":
+                self._hang(self._new_workers())
+            case "worker hung while loading":
+                self._hang_while_loading()
             case "clock":
-                set_clock(self._clock, what.clock)
+                set_clock(server.clock, what.clock)
+            case "lost answers":
+                self._lose_answers(1 + int(seconds) % 3)
+            case "damaged snapshot":
+                server.stop()  # which keeps one of each run
+                damaged = damage_newest_snapshot(server)
+                server.start()
+                if not damaged:
+                    self.done["restart"] += 1
+                    return
             case _:
-                with self._trouble(what.kind):
-                    self._stop.wait(what.seconds)
+                during, _, trouble = what.kind.rpartition(", ")
+                with self._trouble(trouble):
+                    self._stop.wait(seconds if not during else seconds / 2)
+                    if during:
+                        self._start_in_trouble(during, seconds / 2)
+                server.keep_starting()
         self.done[what.name] += 1
-        if what.kind.startswith(("kill", "die")):
-            for tenant in list(self._since):
-                self._since[tenant] += 1
 
-    def _trouble(self, kind: Kind) -> AbstractContextManager[None]:
+    def _kill_server(self) -> None:
+        self.kills += 1
+        self._server.kill_and_restart()
+
+    def _kill_worker(self) -> list[int]:
+        """Its worker, once it has one; which it was."""
+        pids = self._new_workers()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.kills += 1
+        self._worker_died()
+        return pids
+
+    def _worker_died(self) -> None:
+        for tenant in list(self._since):
+            self._since[tenant] += 1
+
+    def _kill_while_starting(self, seconds: float) -> None:
+        """The server as it comes up, then the worker while it brings the runs back."""
+        self._server.kill()
+        self._server.launch()
+        self._stop.wait(seconds)
+        self.kills += 2
+        self._server.kill_and_restart()
+        self._new_workers()
+        self._stop.wait(seconds / 4)
+        self._kill_worker()
+
+    def _hang(self, pids: Sequence[int]) -> None:
+        """Suspend these workers until their server has ended them."""
+        with _suspended(pids):
+            end = time.monotonic() + _HANGS
+            while set(pids) & set(self._server.worker_pids()) and not self._stop.wait(0.1):
+                assert time.monotonic() < end, "the server leaves a hung worker alone"
+        self._worker_died()
+
+    def _hang_while_loading(self) -> None:
+        """Suspend a new worker before it has loaded its base model, until it has been ended."""
+        while not self._stop.is_set():
+            pids = self._new_workers(self._kill_worker())
+            loaded = self._server.log.count(_LOADED)
+            with _suspended(pids):
+                self._stop.wait(0.3)
+                if self._server.log.count(_LOADED) == loaded:
+                    self._hang(pids)
+                    return
+
+    def _new_workers(self, before: Collection[int] = ()) -> list[int]:
+        """Wait for a worker, other than those; none when the script ends first."""
+        while not (pids := set(self._server.worker_pids()) - set(before)):
+            if self._stop.wait(0.002):
+                break
+        return list(pids)
+
+    def _lose_answers(self, count: int) -> None:
+        assert self._network is not None, "nothing is between the clients and the server"
+        before = self._network.lost
+        self._network.lose(count)
+        end = time.monotonic() + LATEST
+        while self._network.lost - before < count and time.monotonic() < end:
+            if self._stop.wait(0.02):
+                break
+        self._network.lose(0)
+
+    def _start_in_trouble(self, during: str, seconds: float) -> None:
+        """Kill or restart the server; for some seconds it may not be able to start."""
+        if during == "kill":
+            self.kills += 1
+            self._server.kill()
+        else:
+            assert during == "restart", during
+            self._server.stop()
+        self._server.keep_starting(seconds)
+
+    def _trouble(self, kind: str) -> AbstractContextManager[None]:
         match kind:
             case "suspend server":
                 return _suspended([self._server.pid])
@@ -234,18 +284,22 @@ class Disturber:
 
     def _die_at(self, point: str) -> bool:
         """Arm a fail point, wait for the server to die there, start it again."""
-        (self._points / point).touch()
+        (self._server.points / point).touch()
         deadline = time.monotonic() + LATEST
         while self._server.alive and time.monotonic() < deadline and not self._stop.is_set():
             time.sleep(0.01)
         self._disarm()
         if self._server.alive:
             return False
-        self._server.kill_and_restart()
+        self._kill_server()
         return True
 
+    def _died(self, name: str) -> None:
+        self.done[name] += 1
+        self.kills += 1
+
     def _disarm(self) -> None:
-        for armed in self._points.iterdir():
+        for armed in self._server.points.iterdir():
             armed.unlink(missing_ok=True)
 
 

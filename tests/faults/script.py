@@ -20,13 +20,16 @@ import numpy as np
 import tinker
 from tinker import types
 
+from tests.faults.server import BASE_MODEL
 from tests.support import tinkex
 from tests.support.sdk import API_KEY, batch
 from tests.support.server import ServerProcess
 
-BASE_MODEL = "small-llama"
 WAIT = 240.0
 """Seconds for any one answer: far above what a restart takes, so that a hang fails the test."""
+
+LARGE_RESULT = 13
+"""The step whose result has more than 64 KB."""
 
 Client = Literal["sdk", "elixir"]
 CLIENTS: tuple[Client, ...] = ("sdk", "sdk", "elixir")
@@ -67,7 +70,8 @@ class Seen:
     """All that a tenant's script can see."""
 
     losses: list[float] = field(default_factory=list)
-    logprobs: list[bytes] = field(default_factory=list)
+    logprobs: list[str] = field(default_factory=list)
+    """The bytes of each row, in hexadecimal digits."""
     steps: list[float] = field(default_factory=list)
     """The step numbers that optim_step answered."""
     blobs: dict[str, str] = field(default_factory=dict)
@@ -75,7 +79,7 @@ class Seen:
 
     def note(self, loss: float, logprobs: Sequence[Any]) -> None:
         self.losses.append(loss)
-        self.logprobs.extend(np.asarray(row, dtype=np.float32).tobytes() for row in logprobs)
+        self.logprobs.extend(np.asarray(row, dtype=np.float32).tobytes().hex() for row in logprobs)
 
 
 class Tenant(ABC, Generic[C]):
@@ -157,7 +161,7 @@ class Tenant(ABC, Generic[C]):
                     raise
 
     def data(self, step: int) -> list[types.Datum]:
-        return batch(10_000 * self.seed + step, lengths=(12, 20))
+        return batch(10_000 * self.seed + step, _lengths(step))
 
     def _step(self, client: C, step: int) -> None:
         pending = [self.forward_backward(client, step)]
@@ -263,6 +267,14 @@ class ElixirTenant(Tenant[tinkex.TrainingClient]):
             next(client.numbers)
 
 
+def _lengths(step: int) -> Sequence[int]:
+    """Mostly small batches. Some are so large that their bodies, or their results too, are kept in
+    files of their own."""
+    if step == LARGE_RESULT:
+        return (200,) * 90
+    return (200,) * 30 if step % 20 == 7 else (12, 20)
+
+
 _TENANTS: dict[Client, type[SdkTenant] | type[ElixirTenant]] = {
     "sdk": SdkTenant,
     "elixir": ElixirTenant,
@@ -270,18 +282,24 @@ _TENANTS: dict[Client, type[SdkTenant] | type[ElixirTenant]] = {
 
 
 def run_script(
-    server: ServerProcess, steps: int, watcher: Watcher, clients: Sequence[Client] = CLIENTS
+    server: ServerProcess,
+    steps: int,
+    watcher: Watcher,
+    clients: Sequence[Client] = CLIENTS,
+    *,
+    url: str | None = None,
 ) -> list[Seen]:
-    """All tenants side by side; what each of them saw.
+    """All tenants side by side; what each of them saw. They use the server at `url`, or its own.
 
     Tenants of one kind share a session. The first error of any of them is raised at once.
     """
+    url = url or server.url
     with ExitStack() as stack:
         services: dict[Client, Any] = {}
         if "sdk" in clients:
-            services["sdk"] = stack.enter_context(_sdk(server))
+            services["sdk"] = stack.enter_context(_sdk(url))
         if "elixir" in clients:
-            services["elixir"] = stack.enter_context(tinkex.ServiceClient(server.url))
+            services["elixir"] = stack.enter_context(tinkex.ServiceClient(url))
         tenants = [
             _TENANTS[client](services[client], server, number, steps, watcher)
             for number, client in enumerate(clients, start=1)
@@ -294,8 +312,8 @@ def run_script(
 
 
 @contextmanager
-def _sdk(server: ServerProcess) -> Iterator[tinker.ServiceClient]:
-    service = tinker.ServiceClient(base_url=server.url, api_key=API_KEY)
+def _sdk(url: str) -> Iterator[tinker.ServiceClient]:
+    service = tinker.ServiceClient(base_url=url, api_key=API_KEY)
     try:
         yield service
     except BaseException:

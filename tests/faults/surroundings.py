@@ -1,4 +1,4 @@
-"""What goes wrong around a server: its disk, its database's lock, its clock."""
+"""What goes wrong around a server: its disk and what is on it, its database's lock, its clock."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import os
 import resource
 import sqlite3
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support.server import ServerProcess
-
-CLOCK = Path(__file__).with_name("clock")
-"""To be found by the server before what is installed."""
 
 
 @contextmanager
@@ -91,3 +89,45 @@ def set_clock(file: Path, wrong_by: float) -> None:
     new = file.with_name(f"{file.name}.{os.getpid()}")
     new.write_text(str(wrong_by))
     new.replace(file)
+
+
+def damage_newest_snapshot(server: ServerProcess) -> bool:
+    """Flip a byte of a run's newest snapshot, while no server runs.
+
+    False when there is none that may be damaged: the run has one before it, and nothing else is
+    made of the same bytes, so that no user asks for them.
+    """
+    with sqlite3.connect(server.data_dir / "catalog.db") as connection:
+        found = connection.execute(_SNAPSHOTS).fetchall()
+    connection.close()
+    store = server.data_dir / "store"
+    for newest, _, count in found:
+        if count < 2:
+            continue
+        others = Counter[str]()
+        with server.store() as opened:
+            for directory in ("manifests", "unnamed"):
+                for path in (store / directory).iterdir():
+                    files = opened.read_manifest(path.name).files
+                    if path.name != newest:
+                        others.update(blob.hash for blob in files.values())
+            blobs = [blob.hash for blob in opened.read_manifest(newest).files.values()]
+        for blob in blobs:
+            if blob not in others:
+                _flip_a_byte(store / "blobs" / blob)
+                return True
+    return False
+
+
+_SNAPSHOTS = """
+SELECT manifest, max(snapshots.seq), count(*) FROM snapshots
+JOIN runs ON runs.id = snapshots.run_id AND runs.generation = snapshots.generation
+WHERE runs.state = 'live' GROUP BY runs.id, runs.generation
+"""
+"""Of each run the newest, and how many there are; SQLite takes the row that has the maximum."""
+
+
+def _flip_a_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import sqlite3
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.server import SITE
 from tests.faults.surroundings import (
-    CLOCK,
+    SmallDisk,
     locked_database,
     no_room_for_files,
     set_clock,
@@ -77,6 +79,23 @@ def test_there_is_no_room_for_files_for_a_while(tmp_path: Path) -> None:
         assert limit == hard
 
 
+def test_a_disk_is_full_for_a_while(tmp_path: Path) -> None:
+    try:
+        disk = SmallDisk(tmp_path / "disk", 1)
+    except OSError as error:
+        pytest.skip(str(error))
+    try:
+        file = tmp_path / "disk" / "file"
+        with disk.full(), file.open("wb", buffering=0) as written:
+            with pytest.raises(OSError) as caught:
+                written.write(b"x")
+            assert caught.value.errno == errno.ENOSPC
+        assert file.write_bytes(b"x") == 1
+    finally:
+        disk.remove()
+    assert not file.exists()
+
+
 def test_the_database_is_locked_for_a_while(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
     database = server.data_dir / "catalog.db"
@@ -95,7 +114,7 @@ def test_the_clock_jumps_both_ways_and_monotonic_time_goes_on(tmp_path: Path) ->
         set_clock(file, wrong_by)
         told = subprocess.run(
             [sys.executable, "-c", tell],
-            env={"PYTHONPATH": str(CLOCK), "FAULTS_CLOCK": str(file)},
+            env={"PYTHONPATH": str(SITE), "FAULTS_CLOCK": str(file)},
             capture_output=True,
             text=True,
             check=True,

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +95,22 @@ class ServerProcess(server_process.ServerProcess):
 
     def children(self) -> list[int]:
         """The processes that the server has started and that run now."""
-        found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        try:
+            found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended by itself
+            return []
         return [int(pid) for pid in found.split()]
 
     def worker_pids(self) -> list[int]:
         """The engine workers that run now."""
-        return [
-            pid
-            for pid in self.children()
-            if b"holdfast.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [pid for pid in self.children() if b"holdfast.engine.worker" in _command_line(pid)]
 
     def kill_workers(self) -> int:
         """kill -9 to every engine worker of this server; how many there were."""
         pids = self.worker_pids()
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+                os.kill(pid, signal.SIGKILL)
         return len(pids)
 
     def store(self) -> Store:
@@ -122,6 +123,13 @@ class ServerProcess(server_process.ServerProcess):
             found = store.resolve(key_of(tinker_path))
             assert found is not None, f"the store has no {tinker_path}"
             return store.read_manifest(found)
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""  # it has ended
 
 
 def key_of(tinker_path: str) -> NameKey:

@@ -1,0 +1,90 @@
+"""A server that faults are done to: with fail points, a clock of its own, preloaded workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.faults.preloaded import working_pid
+from tests.support.server import ServerProcess
+
+BASE_MODEL = "small-llama"
+SITE = Path(__file__).with_name("site")
+"""To be found by its processes before what is installed."""
+
+
+_UNTIL_HEALTHY = 60.0
+_PAUSE = 0.1
+
+
+class FaultyServer(ServerProcess):
+    """`workers` is where preloaded ones are forked; without it they start as a user's do.
+
+    `limits` are constants of `holdfast.runs.engines` that are to be others, by their names.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Path,
+        workers: Path | None = None,
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        self.points = directory.with_name(f"{directory.name}-points")
+        """An empty file named as a fail point arms it."""
+        self.points.mkdir(parents=True)
+        self.clock = directory.with_name(f"{directory.name}-clock")
+        self._workers = workers
+        environment = {"HOLDFAST_FAILPOINTS": str(self.points), "FAULTS_CLOCK": str(self.clock)}
+        if workers is not None:
+            environment["FAULTS_WORKERS"] = str(workers)
+        if limits is not None:
+            environment["FAULTS_LIMITS"] = json.dumps(dict(limits))
+        super().__init__(
+            directory, models={BASE_MODEL: model}, environment=environment, paths=[SITE]
+        )
+
+    def worker_pids(self) -> list[int]:
+        """The engine workers that run now; not those that stand in for one."""
+        found = super().worker_pids()
+        if self._workers is None:
+            return found
+        return [pid for each in found if (pid := working_pid(self._workers, each)) is not None]
+
+    def children(self) -> list[int]:
+        """The processes that it has started, and those for which they stand in."""
+        found = super().children()
+        if self._workers is None:
+            return found
+        return [*found, *(pid for each in found if (pid := working_pid(self._workers, each)))]
+
+    def terminate(self) -> None:
+        """Ask it to end, and wait for nothing."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def healthy(self) -> bool:
+        """Whether it answers."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/healthz", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def keep_starting(self, seconds: float | None = None) -> None:
+        """See to it that it runs, as a supervisor does: start it again whenever it has ended.
+
+        For so many seconds, or until it answers.
+        """
+        end = time.monotonic() + (_UNTIL_HEALTHY if seconds is None else seconds)
+        while time.monotonic() < end:
+            if not self.alive:
+                self.launch()
+            elif seconds is None and self.healthy():
+                return
+            time.sleep(_PAUSE)
+        assert seconds is not None, f"the server does not answer:\n{self.log[-3000:]}"
