@@ -230,7 +230,7 @@ def test_what_comes_while_a_server_stops_is_told_to_come_again(seen: Seen) -> No
     }
     for path, answer in refused.items():
         assert answer.status_code == 503, (path, answer.text)
-        assert 0 < float(answer.headers["retry-after"]) <= 60
+        assert "retry-after" not in answer.headers  # see test_failures
         assert answer.json()["code"] == "stopping"
         assert answer.json()["category"] == "server"
 

@@ -22,10 +22,6 @@ from holdfast.runs.errors import Reason, RunError
 from holdfast.store import StoreError
 from holdfast.store import Unavailable as StoreUnavailable
 
-RETRY_AFTER = 2
-"""Seconds after which a request that could not be taken now may come again. The official client
-asks ten times more for a session, and waits as told: that has to outlast a stop."""
-
 _log = structlog.get_logger("holdfast.server")
 
 # Never 409 for a definite answer: clients repeat it for minutes.
@@ -40,10 +36,13 @@ _STATUS: dict[Reason, int] = {
 
 
 def refusal(status: int, message: str, code: str, category: Category = "user") -> JSONResponse:
-    """An error answer with the keys that each client family looks for."""
-    headers = {"retry-after": str(RETRY_AFTER)} if status in (429, 503) else None
-    body = refusal_body(message, category=category, code=code)
-    return JSONResponse(body, status_code=status, headers=headers)
+    """An error answer with the keys that each client family looks for.
+
+    A 503 has no Retry-After. The official client gives a creation eleven tries: with its own
+    pauses, which grow, they last for a minute, longer than a stop and the next start together. It
+    would obey a shorter pause each time, and a longer one also when the next server is there.
+    """
+    return JSONResponse(refusal_body(message, category=category, code=code), status_code=status)
 
 
 def run_refusal(error: RunError) -> JSONResponse:
