@@ -9,7 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog.tables import contents as rows
+from holdfast.engine.interface import EngineError
 from holdfast.runs import bodies, contents, journal
+from holdfast.runs.bodies import Save
 from holdfast.runs.contents import Address
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure
@@ -18,7 +20,7 @@ from holdfast.runs.segments import Segments
 
 from .sim import World
 from .test_service import Clients, steps
-from .toy import batch
+from .toy import ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
@@ -123,6 +125,36 @@ def test_a_result_that_cannot_be_read_is_told_and_the_run_goes_on(clients: Clien
     assert path in found.message and "was done" in found.message
     clients._submit(run, OPTIM_STEP, steps())
     clients.all_end()
+    clients._check_logs()
+
+
+def test_a_save_that_cannot_be_read_ends_no_run_that_waits(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at when the others fail for want of a recovery, whether it was made before."""
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    clients.all_end()
+    clients._world.lives[-1].hang()
+    clients._submit(run, bodies.SAVE_WEIGHTS, Save("a"))
+    clients._submit(run, FORWARD_BACKWARD, batch(2))
+    with monkeypatch.context() as planted:
+
+        async def restore(*_: Any, **__: Any) -> None:
+            raise EngineError("out_of_memory", "it ran out of memory", "server")
+
+        planted.setattr(ToyEngine, "restore", restore)
+        clients.kill()
+        damage(clients, 0, 2, "body")
+        for _ in range(25):
+            clients._poll(run.ops[3], 30.0)
+        for seq in (2, 3):
+            found = failure(clients, 0, seq)
+            assert found is not None and found.code == "out_of_memory"
+    run.ops.pop(2), run.ops.pop(3)
+    clients._submit(run, OPTIM_STEP, steps(), seq=4)
+    found = failure(clients, 0, 4)
+    assert found is not None and found.code == "incomplete_gradients"
     clients._check_logs()
 
 

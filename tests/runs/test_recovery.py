@@ -115,6 +115,40 @@ def test_saves_that_the_end_overtakes_are_found(
         end_after_every_death(worker=worker)
 
 
+def diverge(clients: Clients, monkeypatch: pytest.MonkeyPatch, x: int) -> None:
+    """Let the next time that this batch is computed give another result."""
+    honest = ToyEngine.forward_backward
+
+    async def forward_backward(engine: ToyEngine, run: str, seq: int, body: bytes) -> bytes:
+        result = await honest(engine, run, seq, body)
+        return result + b"!" if body == batch(x) else result
+
+    monkeypatch.setattr(ToyEngine, "forward_backward", forward_backward)
+
+
+def test_a_save_that_is_made_again_when_the_replay_stops_is_told_what_became_of_it(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    world, (run,) = clients._world, clients.all
+    train(clients, 1)
+    clients.all_end()
+    world.pause = lambda what: 1.0 if what == "write" else 0.001  # type: ignore[method-assign]
+    world.lives[-1]._pause = world.pause
+    save(clients, "a")
+    clients._submit(run, FORWARD_BACKWARD, batch(2))
+    world.let(0.5)
+    clients.kill_the_worker()
+    diverge(clients, monkeypatch, 2)
+    world.let(10.0)
+    made, _ = clients._poll(run.ops[3], 60.0)
+    assert made is not None
+    there = world.store.resolve(NameKey(run.id, "weights", "a")) is not None
+    assert there == (made.failure is None)
+    later, _ = clients._poll(run.ops[4], 60.0)
+    assert later is not None
+
+
 # --- Late requests --------------------------------------------------------------------------
 
 
@@ -562,6 +596,30 @@ def test_the_run_whose_client_waits_is_recovered_first(
     assert len(order) == 2 and order[0] == clients.all[asking].id
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_recovery_is_over_also_where_a_save_is_the_last_that_is_done_again(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, restart: bool
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    world = clients._world
+    train(clients, 1)
+    clients.all_end()
+    world.pause = lambda what: 1.0 if what == "write" else 0.001  # type: ignore[method-assign]
+    world.lives[-1]._pause = world.pause
+    save(clients, "a")
+    world.let(0.5)
+    if restart:
+        clients.kill()
+    else:
+        clients.kill_the_worker()
+    check_all(clients)
+    world.let(1.0)
+    (live,) = world.runs._live.values()
+    assert live.driver.standing == "idle"
+    record = clients._do(lambda: world.runs.record(live.run.key.id, OWNER))
+    assert record.recoveries == 1
+
+
 # --- Memory that is short during a replay ---------------------------------------------------
 
 
@@ -684,3 +742,24 @@ def test_a_worker_is_not_ended_for_a_time_in_which_the_server_itself_was_suspend
     world.clock.now += 2 * HUNG_AFTER
     check_all(clients)
     assert len(world.lives) == lives
+
+
+@pytest.mark.parametrize(("client", "lease"), [("python", 360.0), ("elixir", 10.0)])
+@pytest.mark.parametrize("passed", [0.0, 0.99])
+def test_a_number_is_not_given_up_for_a_time_in_which_the_server_was_suspended(
+    client: str, lease: float, passed: float
+) -> None:
+    """Nobody could send it. The wait for it starts again."""
+    clients = Clients()
+    clients.begin(seed=1, client=client)
+    world, (run,) = clients._world, clients.all
+    clients.all_end()
+    clients._submit(run, FORWARD_BACKWARD, batch(1), seq=2)
+    world.let(0.01 + passed * lease)
+    world.clock.now += 2 * lease
+    world.let(0.5 * lease)
+    clients._submit(run, FORWARD_BACKWARD, batch(2), seq=1)
+    for seq in (1, 2):
+        outcome, _ = clients._poll(run.ops[seq], 60.0)
+        assert outcome is not None and outcome.failure is None
+    clients.close()

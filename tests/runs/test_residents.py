@@ -7,14 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from holdfast.engine.interface import EngineError
 from holdfast.runs import bodies
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP
 from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY
+from holdfast.runs.publishing import Publisher
 from holdfast.runs.residents import Residents
 
 from .sim import World
 from .test_service import Clients, steps
-from .toy import NAME, batch
+from .toy import NAME, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
@@ -77,7 +79,7 @@ def test_a_burst_of_new_runs_waits_for_others_to_leave() -> None:
     for run in clients.all:
         clients._submit(run, FORWARD_BACKWARD, batch(1))
     while any(run.ops[1].seen is None for run in clients.all):
-        clients._world.let(0.01)
+        clients._world.let(0.05)
         sizes.append(clients._world.runs.engines[NAME].residents.size)
         for run in clients.all:
             run.ops[1].seen = run.ops[1].seen or clients._poll(run.ops[1], 0.0)[0]
@@ -85,6 +87,55 @@ def test_a_burst_of_new_runs_waits_for_others_to_leave() -> None:
     clients._check_logs()
     clients.close()
     assert max(sizes) <= 6000 + 2 * 600
+
+
+def test_a_recovery_that_waits_keeps_no_other_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replay ran out of memory: nobody can say when it would leave the worker."""
+    monkeypatch.setattr(Publisher, "due", False)
+    clients = Clients()
+    clients.world = World(1, adapter_memory=1700)  # two of the toy's states
+    clients.open_session("python")
+    clients.create(pick=1, rank=1)
+    (waits,) = clients.all
+    clients._world.let(1.0)
+    for x in (2, 3):
+        clients._submit(waits, FORWARD_BACKWARD, batch(x))
+    clients._world.let(1.0)
+    honest = ToyEngine.forward_backward
+
+    async def forward_backward(engine: ToyEngine, run: str, seq: int, body: bytes) -> bytes:
+        if body == batch(3):
+            raise EngineError("out_of_memory", "it ran out of memory", "server")
+        return await honest(engine, run, seq, body)
+
+    monkeypatch.setattr(ToyEngine, "forward_backward", forward_backward)
+    clients.kill_the_worker()
+    clients._submit(waits, OPTIM_STEP, steps())
+    clients._world.let(3.0)
+    for _ in range(5):
+        started = clients._now
+        clients.create(pick=1, rank=1)
+        run = clients.all[-1]
+        clients._submit(run, FORWARD_BACKWARD, batch(4))
+        outcome, _ = clients._poll(run.ops[1], 300.0)
+        assert outcome is not None and outcome.failure is None
+        assert clients._now - started < 20.0
+    clients._check_logs()
+    clients.close()
+
+
+@pytest.mark.anyio
+async def test_room_that_comes_of_a_smaller_size_is_noticed() -> None:
+    residents = Residents(100)
+    for key in "ab":
+        residents.put(key, lambda: None)
+        residents.takes(key, 50)
+    waiting = asyncio.create_task(residents.come())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    residents.takes("b", 10)
+    async with asyncio.timeout(1.0):
+        await waiting
 
 
 @pytest.mark.anyio

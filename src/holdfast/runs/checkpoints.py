@@ -15,7 +15,7 @@ import sqlalchemy as sa
 import structlog
 
 from holdfast import failpoints
-from holdfast.catalog import Catalog
+from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import checkpoint_files as files
 from holdfast.catalog.tables import checkpoints, operations, runs, samplers, snapshots
 from holdfast.runs import stored
@@ -172,11 +172,19 @@ class Checkpoints:
         return manifest_id
 
     async def made_by(self, key: NameKey, request_id: str) -> str | None:
-        """The manifest under a name if that request made it: its save was done before a crash."""
-        manifest_id = await self._call(self.store.resolve, key)
-        if manifest_id is None:
+        """The manifest under a name if that request made it: its save was done before a crash.
+
+        One that is damaged is nobody's: whoever saves under its name may replace it.
+        """
+        try:
+            manifest_id = await self._call(self.store.resolve, key)
+            if manifest_id is None:
+                return None
+            made = (await self.manifest(manifest_id)).request_id == request_id
+        except RunError as error:
+            if error.reason == "unavailable":
+                raise
             return None
-        made = (await self.manifest(manifest_id)).request_id == request_id
         return manifest_id if made else None
 
     async def discard(self, manifest_ids: Sequence[str]) -> None:
@@ -423,6 +431,10 @@ class Checkpoints:
         except StoreError as error:
             reason, category = _MEANING[next(kind for kind in _MEANING if isinstance(error, kind))]
             raise RunError(error.code, str(error), reason=reason, category=category) from error
+        except CatalogUnavailable as error:  # which the store asks for the epoch
+            raise RunError(
+                "catalog_unavailable", str(error), reason="unavailable", category="server"
+            ) from error
 
 
 _MEANING: dict[type[StoreError], tuple[Reason, Category]] = {

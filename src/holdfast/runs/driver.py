@@ -34,6 +34,7 @@ Standing = Literal["live", "idle", "evicted", "recovering"]
 
 MOST_STALLED = 600.0
 """Seconds for which operations wait for a recovery that cannot go on, until they fail."""
+_GAP_WATCHED_EVERY = 1.0
 _BASE_MODEL_PAUSE = 5.0
 _JOURNAL_PAUSE = 1.0
 _MOST_ATTEMPTS = 3
@@ -147,7 +148,7 @@ class Driver:
         """Bring the state of a run that has ended to where it had been, if it is not there."""
         order = self._run.order
         if not self._state_is_known:
-            self._placement.forget()
+            await self._placement.drop()
         if not await self._recovery.attach() and not await self._recovery.attach():
             return False
         while order.position < order.reached:
@@ -230,9 +231,12 @@ class Driver:
                 await asyncio.sleep(_JOURNAL_PAUSE)
             return
         run.note = f"waiting for request {gap.seq}, at most {left:.0f} s more"
+        began, pause = time.monotonic(), min(left, _GAP_WATCHED_EVERY)
         with suppress(TimeoutError):
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(pause):
                 await run.wake.wait()
+        if time.monotonic() - began - pause > 1.0:
+            run.order.wait_anew()  # suspended: nobody could send it
 
     async def _attach_alone(self) -> None:
         try:
@@ -269,15 +273,17 @@ class Driver:
             await self._recovery.apply_late_marks()
             if order.held:
                 return
+            replayed = entry.state.settled
             order.begin(entry.seq)
-            if entry.state is State.RUNNING:
+            if replayed:
+                await self._recovery.redo(entry)
+                if run.ended is None:
+                    self._passed(entry)
+            else:
                 self._stalled_since = None
                 await self._execute(entry)
-                return
-            await self._recovery.redo(entry)
             if run.ended is None:
-                self._passed(entry)
-                await self._recovery.passed()
+                await self._recovery.passed(replayed=replayed)
                 if not self._recovery.under_way:
                     self._stalled_since = None
         except StateGone:  # it died before this operation, which comes up again
@@ -287,6 +293,8 @@ class Driver:
         except WorkerDied:
             await self._worker_died(entry)
         except EngineError as error:  # of the recovery: the operation was not executed
+            if entry.state is State.RUNNING:
+                order.again(entry.seq)
             await self._stalled(error)
 
     async def _execute(self, entry: Entry) -> None:
@@ -326,7 +334,7 @@ class Driver:
         """Fail an operation whose body is damaged, as if the engine had refused it."""
         message = f"the request was damaged before it was executed: {error.message}; send it again"
         if entry.kind == bodies.FORWARD_BACKWARD:
-            engine, _ = await self._placement.engine()
+            engine, _ = self._placement.engine()
             mark = f"forward_backward {entry.seq} failed: {message}"
             await engine.mark_incomplete(self._placement.key, entry.seq, mark)
         self._fail(entry, Failure(error.code, message, error.category))
@@ -388,7 +396,7 @@ class Driver:
     async def create(self, config: RunConfig) -> None:
         """Give a worker the initial state."""
         host = self._run.services.engines[config.base_model]
-        async with host.computing(self._is_wanted) as (engine, life):
+        async with host.receiving(self._is_wanted) as (engine, life):
             await engine.create(self._placement.key, config)
         self._placement.put(host, life)
 
@@ -396,43 +404,47 @@ class Driver:
         self, manifest: Manifest, config: RunConfig, body: Load | CreateFromState
     ) -> None:
         """Give a worker the state of a checkpoint."""
-        host = self._run.services.engines[config.base_model]
-        async with host.computing(self._is_wanted) as (engine, life):
-            self._placement.check(host, life)
-            await engine.restore(
-                self._placement.key, config, manifest.files, optimizer=body.optimizer
-            )
-        self._placement.put(host, life)
-        self._placement.takes(manifest.files)
+        key, files = self._placement.key, manifest.files
+        if self._placement.held:  # as it must be, unless the run begins with this
+            async with self._placement.computing() as (engine, _):
+                await engine.restore(key, config, files, optimizer=body.optimizer)
+        else:
+            host = self._run.services.engines[config.base_model]
+            async with host.receiving(self._is_wanted) as (engine, life):
+                await engine.restore(key, config, files, optimizer=body.optimizer)
+            self._placement.put(host, life)
+        self._placement.takes(files)
 
     async def _load(self, entry: Entry, body: Load | CreateFromState) -> None:
-        run = self._run
+        run, checkpoints = self._run, self._run.services.checkpoints
         await self._publisher.settled()
         if isinstance(body, Load):
             # A save that was lost with its worker may be the one to be read.
-            await self._placement.engine()
-        manifest_id, manifest = await loading.resolve(run, entry, body)
+            self._placement.engine()
+        manifest_id, manifest = await run.persistently(lambda: loading.resolve(run, entry, body))
         config = loading.check(run, manifest, body)
-        host = run.services.engines[config.base_model]
-        _, info, life = await host.engine()
-        self._placement.check(host, life)
+        if self._placement.held:
+            _, info = self._placement.engine()
+        else:
+            _, info, _ = await run.services.engines[config.base_model].engine()
         loading.check_revision(body.key, manifest, info)
         await run.write_patiently(lambda c: journal.set_target(c, run.key, entry.seq, manifest_id))
         # The state from here on hangs on these blobs, whatever becomes of the name. Published
         # before the state is touched: a load that fails changes nothing.
         loaded = loading.loaded(manifest, config, optimizer=body.optimizer)
         base = self._publisher.manifest(loaded, info, entry.seq, parent=manifest_id)
-        base_id = await run.services.checkpoints.publish(base)
+        base_id = await run.persistently(lambda: checkpoints.publish(base))
         failpoints.reach("load.published")
         try:
             await self.restore(manifest, config, body)
         except (EngineError, WorkerDied):
-            await run.services.checkpoints.discard([base_id])
+            with suppress(RunError):  # the next start finds it
+                await checkpoints.discard([base_id])
             raise
         failpoints.reach("load.restored")
         run.info = dataclasses.replace(run.info, config=config)
         result = loading.result(body, manifest, loaded.state, info)
         self._passed(entry)
         await self._publisher.settle_with_snapshot(
-            entry, Outcome(entry.kind, result=result), base_id, manifest_id, info
+            entry, Outcome(entry.kind, result=result), base_id, manifest_id
         )

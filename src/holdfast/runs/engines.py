@@ -101,15 +101,9 @@ class Host:
             raise self._failed
         while True:
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
-            engine = await self._start(self.name)
             try:
-                self._info = await _loaded(engine)
-            except asyncio.CancelledError:
-                engine.kill()
-                raise
+                engine, self._info = await self._new()
             except (EngineError, WorkerDied) as error:
-                with suppress(EngineError, WorkerDied):
-                    await engine.close()
                 pause = _RESTART_PAUSE[min(self._failures, len(_RESTART_PAUSE) - 1)]
                 self._failures += 1
                 self._not_before = time.monotonic() + pause
@@ -132,27 +126,57 @@ class Host:
                 _log.info("base model ready", model=self.name, life=self.life)
                 return
 
+    async def _new(self) -> tuple[Worker, BaseModelInfo]:
+        """A worker that has loaded its base model. Else none is left behind.
+
+        Raises EngineError or WorkerDied.
+        """
+        try:
+            engine = await self._start(self.name)
+        except OSError as error:  # no process, memory or file descriptor is free
+            raise WorkerDied(f"it could not be started: {error}") from error
+        try:
+            return engine, await _loaded(engine)
+        except asyncio.CancelledError:
+            engine.kill()
+            raise
+        except (EngineError, WorkerDied):
+            with suppress(EngineError, WorkerDied):
+                await engine.close()
+            raise
+
+    def worker(self, life: int) -> tuple[Engine, BaseModelInfo] | None:
+        """The worker of that life and its base model; None when it has ended."""
+        if self._engine is None or life != self.life:
+            return None
+        assert self._info is not None
+        return self._engine, self._info
+
     @asynccontextmanager
     async def computing(
         self, wanted: Callable[[], bool] = lambda: True
     ) -> AsyncIterator[tuple[Engine, int]]:
-        """The worker and its life, for one operation that gives it a state.
+        """The worker and its life, for one operation that needs none of the states it holds.
 
         It computes nothing else meanwhile; when it dies, the next one gets a new worker. Those
-        that are `wanted` go first. Runs that are about to leave its memory do so before.
+        that are `wanted` go first.
         """
+        async with self.turns.take(wanted):
+            engine, _, life = await self.engine()
+            try:
+                yield engine, life
+            except WorkerDied:
+                self.lost(life)
+                raise
+
+    @asynccontextmanager
+    async def receiving(self, wanted: Callable[[], bool]) -> AsyncIterator[tuple[Engine, int]]:
+        """`computing`, for one that gives the worker a state: there is room for it by then."""
         async with self._entrance.take(wanted):
             await self.residents.come()
         try:
-            async with self.turns.take(wanted):
-                engine, _, life = await self.engine()
-                try:
-                    yield engine, life
-                except StateGone:
-                    raise
-                except WorkerDied:
-                    self.lost(life)
-                    raise
+            async with self.computing(wanted) as found:
+                yield found
         finally:
             self.residents.came()
 

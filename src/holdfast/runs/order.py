@@ -244,6 +244,10 @@ class Order:
             self._gap = (seq, now)
         return Gap(seq, self._gap[1] + self._lease())
 
+    def wait_anew(self) -> None:
+        """The wait for a gap starts again: the server was not there to be sent anything."""
+        self._gap = None
+
     def begin(self, seq: int) -> None:
         """The entry that came up is being executed, or its effect brought about again."""
         assert seq == self.position + 1 and not self.held

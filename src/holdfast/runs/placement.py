@@ -35,13 +35,13 @@ class Placement:
         """Whether a worker holds the state, as far as is known."""
         return self._life is not None
 
-    async def engine(self) -> tuple[Engine, BaseModelInfo]:
+    def engine(self) -> tuple[Engine, BaseModelInfo]:
         """The worker that holds the state. Raises StateGone when that has ended."""
         assert self.host is not None
-        engine, info, life = await self.host.engine()
-        if life != self._life:
+        found = None if self._life is None else self.host.worker(self._life)
+        if found is None:
             raise StateGone(f"the worker that held run {self.key} is gone")
-        return engine, info
+        return found
 
     @asynccontextmanager
     async def computing(
@@ -57,18 +57,9 @@ class Placement:
         async with host.turns.take(self.wanted):
             if alone:
                 await host.written()
-            engine = await self.engine()
+            engine = self.engine()
             host.residents.used(self.key)
             yield engine
-
-    def check(self, host: Host, life: int) -> None:
-        """Whether that life of the host's worker may be given the state; `put` says that it has it.
-
-        Raises StateGone when the state is held by a worker that is gone: it must be recovered
-        first, since what was to replace it may still fail.
-        """
-        if self._life is not None and (self.host is not host or life != self._life):
-            raise StateGone(f"the worker that held run {self.key} is gone")
 
     def put(self, host: Host, life: int) -> None:
         """That life of the host's worker holds the state now."""
@@ -112,16 +103,14 @@ class Placement:
         if self.held_in(host, life):
             self._life = None
 
-    def forget(self) -> None:
-        """What the worker holds is not known: the state has to be restored, there or elsewhere."""
-        self._life = None
-
     async def drop(self) -> None:
-        """Take the state out of the worker's memory."""
+        """Take the state out of the worker's memory; also one of which it is not known what it is.
+
+        It has to be restored, there or elsewhere.
+        """
         if self.held:
+            assert self.host is not None
             with suppress(WorkerDied, EngineError):
-                engine, _ = await self.engine()
-                await engine.drop(self.key)
-                assert self.host is not None
-                self.host.residents.gone(self.key)
+                await self.engine()[0].drop(self.key)
+            self.host.residents.gone(self.key)
         self._life = None

@@ -33,7 +33,6 @@ from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
 from holdfast.store import Manifest, NameKey
 from holdfast.store.model import CheckpointKind
-from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 
 REPLAY_BOUND = 30.0
 """Seconds of compute after which a snapshot is taken."""
@@ -98,8 +97,6 @@ class Publisher:
         """The last position that changed the state."""
         self.snapshot_at = -1
         """The position of the newest snapshot."""
-        self.numerics: dict[str, Any] | None = None
-        """The fingerprint under which the newest snapshot was made."""
 
     async def settled(self) -> None:
         """Wait until everything that was copied is published."""
@@ -131,7 +128,7 @@ class Publisher:
         """Copy the state for a save; the run goes on while it is written and published."""
         run = self._run
         save = _decode(entry, await run.body(entry.seq))
-        published = await self._published(entry, save)
+        published = await run.persistently(lambda: self._published(entry, save))
         if published is not None:
             run.order.passed(entry.seq)
             run.settle(entry.seq, published.outcome, target=published.manifest)
@@ -154,8 +151,8 @@ class Publisher:
         for entry in run.order.unsettled:
             if entry.kind not in bodies.SAVES:
                 continue
-            save = _decode(entry, await run.body(entry.seq))
-            with suppress(RunError):  # a damaged name: the save fails, as what is pending does
+            with suppress(RunError):  # damage: the save fails, as what is pending does
+                save = _decode(entry, await run.body(entry.seq))
                 published = await self._published(entry, save)
                 if published is not None:
                     run.settle(entry.seq, published.outcome, target=published.manifest)
@@ -181,6 +178,8 @@ class Publisher:
                     await run.settle(entry.seq, Outcome(entry.kind, failure=failure))
                 raise
             failpoints.reach("save.written")
+            if entry.state.settled:  # the run has ended meanwhile, and this save failed with it
+                return
             self._check_turn(entry.seq)
             if not await run.recorded():  # never ahead of the results that lead to it
                 return
@@ -211,7 +210,7 @@ class Publisher:
                     self._failed(entry.seq, error)
                     await run.settle(entry.seq, outcome, target=manifest_id)
                     return
-                await self.settle_with_snapshot(entry, outcome, base, manifest_id, info)
+                await self.settle_with_snapshot(entry, outcome, base, manifest_id)
             else:
                 await run.settle(entry.seq, outcome, target=manifest_id)
         except (EngineError, RunError) as error:
@@ -284,7 +283,7 @@ class Publisher:
         await run.write_patiently(
             lambda c: kept.append(journal.add_snapshot(c, run.key, seq, manifest_id, now=now))
         )
-        await self._recorded(seq, kept, info)
+        await self._recorded(seq, kept)
         # Not the copy alone: what follows it takes processors and disk from the training.
         self._cost = time.monotonic() - started
 
@@ -307,7 +306,7 @@ class Publisher:
             )
 
     async def settle_with_snapshot(
-        self, entry: Entry, outcome: Outcome, snapshot: str, target: str, info: BaseModelInfo
+        self, entry: Entry, outcome: Outcome, snapshot: str, target: str
     ) -> None:
         """Settle an operation and record a recovery point at its position, in one."""
         run = self._run
@@ -324,12 +323,11 @@ class Publisher:
                 journal.set_config(connection, run.key, config, parent=target)
 
         await run.settle(entry.seq, outcome, target=target, also=also)
-        await self._recorded(entry.seq, kept, info)
+        await self._recorded(entry.seq, kept)
 
-    async def _recorded(self, seq: int, kept: list[Kept], info: BaseModelInfo) -> None:
+    async def _recorded(self, seq: int, kept: list[Kept]) -> None:
         run = self._run
         self.snapshot_at = max(self.snapshot_at, seq)
-        self.numerics = dict(info.fingerprint)
         if kept:
             run.order.forget(min(kept[-1].floor, run.order.position))
             with suppress(RunError):
@@ -345,7 +343,7 @@ class Publisher:
         manifest = self.manifest(captured, copy.info, seq, name=name, expires=expires)
         await self._publish(manifest, replace=True)
 
-    async def _capture(self, *, optimizer: bool, alone: bool = False) -> _Copy:
+    async def _capture(self, *, optimizer: bool, alone: bool = False, is_use: bool = True) -> _Copy:
         async with self._placement.computing(alone=alone) as (engine, info):
             host, life = self._placement.held_by
             capture = await engine.capture(self._placement.key, optimizer=optimizer)
@@ -355,18 +353,8 @@ class Publisher:
         return _Copy(capture, info, host, life)
 
     async def _publish(self, manifest: Manifest, *, replace: bool = False) -> str:
-        """Publish, trying again for a while when the storage fails: it may be full for a moment."""
         publish = self._run.services.checkpoints.publish
-        again = pauses(within=STORAGE_WAITED_FOR)
-        while True:
-            try:
-                return await self._run.patiently(lambda: publish(manifest, replace=replace))
-            except RunError as error:
-                pause = next(again, None)
-                if error.reason != "unavailable" or pause is None:
-                    raise
-                self._run.log.warning("publishing is tried again", error=error.message)
-            await asyncio.sleep(pause)
+        return await self._run.persistently(lambda: publish(manifest, replace=replace))
 
     def _check_turn(self, seq: int) -> None:
         """Raises StateGone when an earlier save was lost with its worker, and is to come first."""

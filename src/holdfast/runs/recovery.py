@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
@@ -39,6 +40,10 @@ DAMAGE = frozenset(
 )
 """Failures to read a checkpoint that stay. After any other one the same may work later: once there
 is memory, the disk answers, or the right base model is served."""
+UNREADABLE = frozenset({"io_failed"})
+"""Failures to read a checkpoint that may be a bad sector's, or pass ..."""
+UNREADABLE_FOR = 60.0
+"""... within so many seconds."""
 BROKEN_OFF = frozenset({"out_of_memory", "internal"})
 """Failures that the engine did not foresee: what they left of the gradients is not what there was.
 The same operation may succeed later, once there is memory."""
@@ -76,6 +81,9 @@ class Recovery:
         """The run left the worker's memory of its own accord: its return is no recovery."""
         self._replayed = 0
         self._differing: list[int] = []
+        self._computed_under: list[dict[str, Any] | None] = []
+        """Fingerprints of the recovery points from which on it is replayed, where known."""
+        self._unreadable_since: float | None = None
         self.diverged = False
         """A replay gave another result than the first time."""
         self._marked: set[int] = set()
@@ -87,7 +95,7 @@ class Recovery:
         """
         run = self._run
         assert run.info.config is not None
-        host = run.services.engines[run.info.config.base_model]
+        host = self._host()
         _, _, life = await host.engine()
         if self._placement.held_in(host, life):
             return True
@@ -101,12 +109,15 @@ class Recovery:
         run.note = "recovering"
         self._to = run.order.reached
         points = await run.read_patiently(lambda c: journal.recovery_points(c, run.key))
+        self._computed_under = [] if points else [None]
         damaged: dict[int, str] = {}
+        unreadable: RunError | EngineError | None = None
         for seq, manifest_id in points:
+            fingerprint = None
             try:
                 manifest = await run.services.checkpoints.manifest(manifest_id)
-                self._publisher.numerics = dict(manifest.fingerprint)
-                async with host.computing(self._placement.wanted) as (engine, life):
+                fingerprint = dict(manifest.fingerprint)
+                async with host.receiving(self._placement.wanted) as (engine, life):
                     await engine.restore(
                         self._placement.key,
                         run.info.config,
@@ -117,11 +128,15 @@ class Recovery:
                 await self.died()
                 return False
             except (RunError, EngineError) as error:
-                if error.code not in DAMAGE:
+                if error.code in UNREADABLE and self._stays_unreadable():
+                    unreadable = error
+                elif error.code not in DAMAGE:
                     raise _waiting(error) from error
                 run.log.error("snapshot not usable", seq=seq, error=error.message)
                 damaged[seq] = error.message
                 continue
+            finally:
+                self._computed_under.append(fingerprint)
             await self._restored(host, life, seq, damaged)
             self._placement.takes(manifest.files)
             return False
@@ -129,6 +144,8 @@ class Recovery:
             # Nothing of it is lost as long as every body is there; no state is needed for that.
             await self._restored(host, life, -1, damaged)
             return False
+        if unreadable is not None:
+            raise _waiting(unreadable)
         found = "; ".join(f"at position {seq}: {message}" for seq, message in damaged.items())
         await self._stop(
             "state_lost", f"none of the snapshots of run {run.key} can be read any more ({found})"
@@ -143,10 +160,26 @@ class Recovery:
         run.log.info("restored", position=seq, to=self._to)
         self._from = seq
         self._replayed, self._differing = 0, []
-        if seq >= self._to:
-            await self._complete()
+        self._unreadable_since = None
         if damaged:  # or else the next snapshot would take the place of an intact one
             await run.write_patiently(lambda c: journal.drop_snapshots(c, run.key, damaged))
+        if seq >= self._to:
+            await self._complete()
+
+    def _host(self) -> Host:
+        """Raises EngineError while the run's base model is not served: it may be again."""
+        config = self._run.info.config
+        assert config is not None
+        try:
+            return self._run.services.engines[config.base_model]
+        except RunError as error:
+            raise _waiting(error) from error
+
+    def _stays_unreadable(self) -> bool:
+        """Whether the storage has failed for a while: that is no passing shortage any more."""
+        if self._unreadable_since is None:
+            self._unreadable_since = time.monotonic()
+        return time.monotonic() - self._unreadable_since > UNREADABLE_FOR
 
     async def redo(self, entry: Entry) -> None:
         """Bring a settled operation's effect about again."""
@@ -165,27 +198,28 @@ class Recovery:
             return
         match entry.kind:
             case bodies.CREATE:
+                self._host()
                 await self._driver.create(bodies.config_from_json(Create.decode(body).config))
             case bodies.CREATE_FROM_STATE:
                 await self._reload(entry, CreateFromState.decode(body))
             case bodies.LOAD_WEIGHTS:
                 await self._reload(entry, Load.decode(body))
             case _:
-                await self._placement.engine()  # whose failure is none of the operation's
+                self._placement.engine()  # whose failure is none of the operation's
                 try:
                     result = await self._driver.compute(entry, body)
                 except EngineError as error:
                     run.log.error("replay failed", seq=entry.seq, error=error.message)
                     if error.code in BROKEN_OFF:
-                        raise self._broken_off(entry, error) from error
+                        raise await self._broken_off(entry, error) from error
                     await self._diverged(entry)
                     return
                 if journal.digest(result) != record.result_hash:
                     await self._diverged(entry)
 
-    def _broken_off(self, entry: Entry, error: EngineError) -> EngineError:
+    async def _broken_off(self, entry: Entry, error: EngineError) -> EngineError:
         """The failure of a replay that is to begin anew, from the snapshot, in a while."""
-        self._placement.forget()
+        await self._placement.drop()
         return EngineError(
             error.code,
             f"the recovery is tried again: request {entry.seq} succeeded before, and when it was "
@@ -193,39 +227,41 @@ class Recovery:
             "server",
         )
 
-    async def passed(self) -> None:
-        """An operation was replayed. At the end of a recovery, keep what it has brought."""
+    async def passed(self, *, replayed: bool) -> None:
+        """An operation was replayed, or executed in its place. Perhaps that was the last one."""
         if not self.under_way:
             return  # settled ahead of its turn, by a refusal or a skip
-        self._replayed += 1
-        if self._run.order.position != self._to:
-            return
-        await self._complete()
-        if self._publisher.due or self._other_numerics:
-            try:
-                await self._publisher.snapshot()
-            except WorkerDied:  # after the replay: none of its deaths
-                self._placement.lost()
+        self._replayed += replayed
+        if self._run.order.position >= self._to:
+            await self._complete()
 
     async def _complete(self) -> None:
+        """The state is back. Keep what its recovery has brought."""
         run, replayed, differing = self._run, self._replayed, self._differing
         self._deaths = 0
         self.under_way = False
         run.note = None
         evicted, self.evicted = self.evicted, False
-        if evicted and not replayed:
-            return
-        run.log.info("recovered", replayed=replayed, diverged=len(differing))
-        await run.write_patiently(
-            lambda c: journal.note_recovery(c, run.key, replayed=replayed, diverged=differing)
-        )
+        if replayed or not evicted:
+            run.log.info("recovered", replayed=replayed, diverged=len(differing))
+            await run.write_patiently(
+                lambda c: journal.note_recovery(c, run.key, replayed=replayed, diverged=differing)
+            )
+        other = self._other_numerics
+        if other or (self._publisher.due and self._publisher.behind):
+            try:
+                await self._publisher.snapshot()
+            except WorkerDied:  # after the replay: none of its deaths
+                self._placement.lost()
+        if other:  # what is computed now must not be compared with what the old ones give
+            await self._publisher.settled()
 
     async def apply_late_marks(self) -> None:
         """Mark the gradients for forward_backwards that came after they had been skipped."""
         run = self._run
         for seq in run.order.late_marks():
             if seq not in self._marked and self._placement.held:
-                engine, _ = await self._placement.engine()
+                engine, _ = self._placement.engine()
                 await engine.mark_incomplete(
                     self._placement.key,
                     seq,
@@ -262,13 +298,15 @@ class Recovery:
         if entry.seq == 0:  # the server went away before it had taken note of the run's end
             self._run.creation_failed(record.failure)
             return
-        engine, _ = await self._placement.engine()
+        engine, _ = self._placement.engine()
         if entry.kind == bodies.FORWARD_BACKWARD:
             # In the engine's words: a mark is part of the state, a replay must give it alike.
             message = f"forward_backward {entry.seq} failed: {record.failure.message}"
             await engine.mark_incomplete(self._placement.key, entry.seq, message)
         elif entry.kind == bodies.OPTIM_STEP and record.failure.code in CLEARING | BROKEN_OFF:
-            body = await self._run.body(entry.seq)
+            body = await self._body(entry)
+            if body is None:
+                return
             if record.failure.code in BROKEN_OFF:
                 # What broke it off may not come again; a mark makes it fail, and clear, for sure.
                 await engine.mark_incomplete(self._placement.key, entry.seq, "it failed before")
@@ -290,9 +328,10 @@ class Recovery:
 
     @property
     def _other_numerics(self) -> bool:
+        """Whether what is replayed was perhaps computed under other numerics than it is now."""
         host = self._placement.host
         assert host is not None and host.info is not None
-        return self._publisher.numerics != dict(host.info.fingerprint)
+        return any(under != dict(host.info.fingerprint) for under in self._computed_under)
 
     async def _diverged(self, entry: Entry) -> None:
         if self._other_numerics:
@@ -310,6 +349,7 @@ class Recovery:
         """End the run, and say where to go on."""
         run = self._run
         self.given_up = True
+        await self._publisher.settled()
         await self._publisher.settle_published()
         checkpoints = run.services.checkpoints
         intact = await run.patiently(lambda: checkpoints.newest_intact(run.key.id))

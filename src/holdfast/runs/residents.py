@@ -81,6 +81,7 @@ class Residents:
         if resident is not None:
             self._size += size - resident.size
             resident.size = size
+            self._changed.set()
             self._make_room(self._size - self._limit, but=key)
 
     def stays(self, key: str) -> None:

@@ -25,7 +25,7 @@ from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Order, State
 from holdfast.runs.segments import Segments
 from holdfast.runs.stopping import Stopping
-from holdfast.store.retries import pauses
+from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 
 T = TypeVar("T")
 
@@ -426,6 +426,22 @@ class Run:
     async def read_patiently(self, work: Callable[[Connection], T]) -> T:
         """A catalog read that has to succeed: tried until the catalog can be read."""
         return await self.patiently(lambda: self.services.catalog.read(work))
+
+    async def persistently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Something that needs the storage: tried again for a while when that fails.
+
+        It may be full for a moment. And `patiently`, where it writes to the catalog.
+        """
+        again = pauses(within=STORAGE_WAITED_FOR)
+        while True:
+            try:
+                return await self.patiently(call)
+            except RunError as error:
+                pause = next(again, None)
+                if error.reason != "unavailable" or pause is None:
+                    raise
+                self.log.warning("the storage is tried again", error=error.message)
+            await asyncio.sleep(pause)
 
     async def recorded(self) -> bool:
         """Wait until every outcome so far is durable.

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
 import structlog
@@ -67,7 +68,10 @@ class _Request:
 
 
 class Samplers:
-    """Creates samplers and executes their requests, one at a time per worker."""
+    """Creates samplers and executes their requests, one at a time per sampler.
+
+    So a sampler takes turns at its worker as a run does, however many requests it has.
+    """
 
     def __init__(
         self, catalog: Catalog, checkpoints: Checkpoints, engines: Engines, stopping: Stopping
@@ -77,6 +81,8 @@ class Samplers:
         self._engines = engines
         self._stopping = stopping
         self._requests: dict[tuple[str, int], _Request] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Held while a request of that sampler has, or waits for, its turn at the worker."""
         self._unfinished = 0
         self._forget_at = 1024
         """Answers in memory from which on those that can go are looked for."""
@@ -252,14 +258,15 @@ class Samplers:
 
     async def end_session(self, session_id: str) -> None:
         """Let the session's samplers go."""
-        for sampler in await self.of_session(session_id):
+        ended = await self.of_session(session_id)
+        for sampler in ended:
             for key in [k for k in self._requests if k[0] == sampler.id]:
                 self.cancel(*key)
-            if sampler.manifest is not None:
-                await self._checkpoints.discard([sampler.manifest])
         await self._catalog.write(
             lambda c: c.execute(samplers.delete().where(samplers.c.session_id == session_id))
         )
+        with suppress(RunError):  # the next start finds what is left
+            await self._checkpoints.discard([s.manifest for s in ended if s.manifest is not None])
 
     async def close(self) -> None:
         tasks = [r.task for r in self._requests.values() if r.task is not None]
@@ -288,11 +295,12 @@ class Samplers:
         if sampler.manifest is not None:
             files = (await self._checkpoints.manifest(sampler.manifest)).files
         host = self._engines[sampler.base_model]
-        for _ in range(_ATTEMPTS):
-            # The worker that is there when its turn comes: a death before is none of its.
-            with suppress(WorkerDied):
-                async with host.computing() as (engine, _):
-                    return await engine.sample(files, body)
+        async with self._turns.setdefault(sampler.id, asyncio.Lock()):
+            for _ in range(_ATTEMPTS):
+                # The worker that is there when its turn comes: a death before is none of its.
+                with suppress(WorkerDied):
+                    async with host.computing() as (engine, _):
+                        return await engine.sample(files, body)
         raise RunError(
             "operation_kills_worker",
             f"the worker died {_ATTEMPTS} times while it executed this sampling request",

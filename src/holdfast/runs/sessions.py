@@ -59,9 +59,11 @@ class Sessions:
         return found
 
     async def half_ended(self) -> list[Session]:
-        """Sessions that ended, of which runs or samplers are left: the server stopped meanwhile."""
-        live = sa.select(runs.c.session_id).where(runs.c.state == "live")
-        left = live.union(sa.select(samplers.c.session_id))
+        """Sessions that ended, but not all they had: the server was killed meanwhile."""
+        left = sa.union(
+            sa.select(runs.c.session_id).where(runs.c.state == "live"),
+            sa.select(samplers.c.session_id),
+        )
         rows = await self._catalog.read(
             lambda c: c.execute(
                 sa.select(sessions).where(sessions.c.ended.is_not(None) & sessions.c.id.in_(left))

@@ -1,0 +1,159 @@
+"""Sampling takes turns with training, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from holdfast.catalog.tables import samplers as rows
+from holdfast.runs import bodies
+from holdfast.runs.bodies import FORWARD_BACKWARD, Save
+from holdfast.runs.samplers import Sampler
+from holdfast.store import LocalStore, NameKey, Unavailable
+
+from .sim import World
+from .test_service import OWNER, Clients
+from .toy import batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+
+def sampler_of(clients: Clients, key: NameKey) -> Sampler:
+    (session,) = clients.sessions
+    clients.count += 1
+    number = clients.count
+    found = clients._do(
+        lambda: clients._world.runs.samplers.create_from_path(session.id, OWNER, number, key, None)
+    )
+    assert isinstance(found, Sampler)
+    return found
+
+
+def saved(clients: Clients) -> NameKey:
+    run = clients.all[0]
+    clients._submit(run, bodies.SAVE_WEIGHTS, Save("a"))
+    clients.all_end()
+    return NameKey(run.id, "weights", "a")
+
+
+def flood(clients: Clients, sampler: Sampler, count: int) -> None:
+    """Send so many requests at once."""
+
+    async def submit() -> None:
+        for seq in range(1, count + 1):
+            clients._world.runs.samplers.submit(sampler, seq, b"x", b"x")
+
+    clients._do(submit)
+
+
+def step_beside(clients: Clients) -> float:
+    """Seconds that a training operation takes beside a thousand samples of half a second."""
+    sampler = sampler_of(clients, saved(clients))
+    clients._world.pause = lambda what: 0.5 if what == "sample" else 0.001  # type: ignore[method-assign]
+    clients._world.lives[-1]._pause = clients._world.pause
+    flood(clients, sampler, 1000)
+    clients._world.let(1.0)
+    started, (run,) = clients._now, clients.all
+    for x in range(3):
+        clients._submit(run, FORWARD_BACKWARD, batch(x))
+    outcome, _ = clients._poll(run.ops[run.highest], 1000.0)
+    assert outcome is not None and outcome.failure is None
+    return (clients._now - started) / 3
+
+
+def test_an_operation_waits_for_one_sample_of_many(clients: Clients) -> None:
+    assert step_beside(clients) <= 1.1
+
+
+def test_samplers_take_turns_with_each_other(clients: Clients) -> None:
+    key = saved(clients)
+    first, second = sampler_of(clients, key), sampler_of(clients, key)
+    clients._world.pause = lambda what: 0.5 if what == "sample" else 0.001  # type: ignore[method-assign]
+    clients._world.lives[-1]._pause = clients._world.pause
+    flood(clients, first, 1000)
+    flood(clients, second, 1)
+    started = clients._now
+    outcome = clients._do(lambda: clients._world.runs.samplers.outcome(second.id, 1, 1000.0))
+    assert outcome is not None and outcome.failure is None
+    assert clients._now - started <= 1.6
+
+
+def test_samples_that_wait_drive_no_run_out_of_the_worker() -> None:
+    clients = Clients()
+    clients.world = World(1, adapter_memory=6000)  # about seven of the toy's states
+    clients.open_session("python")
+    clients.create(0, 1)
+    sampler = sampler_of(clients, saved(clients))
+    clients._submit(clients.all[0], FORWARD_BACKWARD, batch(1))
+    clients.all_end()
+    flood(clients, sampler, 100)
+    clients._world.let(5.0)
+    assert len(clients._world.lives[-1].states) == 1
+    assert not [e for e in clients.events if "left the worker" in e["event"]]
+    clients._check_logs()
+    clients.close()
+
+
+# --- Their end ------------------------------------------------------------------------------
+
+
+def left(clients: Clients) -> tuple[int, int]:
+    """Samplers in the catalog, and manifests without a name in the store."""
+    with clients._world.catalog._engine.connect() as connection:
+        count = connection.scalar(sa.select(sa.func.count()).select_from(rows)) or 0
+    return count, len(list(clients._world.store.unnamed()))
+
+
+def without_runs(clients: Clients) -> None:
+    """Have a session with samplers and no run any more."""
+    key = saved(clients)
+    for _ in range(2):
+        sampler_of(clients, key)
+    clients._do(lambda: clients._world.runs.unload(clients.all[0].id, OWNER))
+    assert left(clients) == (2, 2)
+
+
+def end(clients: Clients) -> None:
+    session = clients.sessions.pop()
+    clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
+
+
+def test_samplers_go_with_their_session_wherever_the_server_is_killed() -> None:
+    for point in range(30):
+        clients = Clients()
+        clients.begin(seed=1, client="python")
+        world = clients._world
+        without_runs(clients)
+        world.kill_in = point
+        end(clients)
+        world.let(1.0)
+        killed, world.kill_in = world.kills > 0, None
+        world.restart()
+        world.let(1.0)
+        assert left(clients) == (0, 0), f"killed at point {point}"
+        clients.close()
+        if not killed:
+            assert point > 3
+            return
+    raise AssertionError("there is no end of points")
+
+
+def test_samplers_whose_weights_the_store_does_not_let_go_are_gone_later(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_runs(clients)
+    with monkeypatch.context() as planted:
+
+        def discard(*_: Any) -> bool:
+            raise Unavailable("the storage does not answer")
+
+        planted.setattr(LocalStore, "discard", discard)
+        end(clients)
+        clients._world.let(10.0)
+        assert left(clients)[0] == 0
+    clients._world.restart()
+    clients._world.let(1.0)
+    assert left(clients) == (0, 0)
+    clients._check_logs()

@@ -1,0 +1,326 @@
+"""What is not to be had for a while (a process, room, a base model) delays a run, and ends none."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from holdfast.catalog import CatalogUnavailable
+from holdfast.catalog.tables import snapshots
+from holdfast.engine.interface import ADAPTER_WEIGHTS, EngineError
+from holdfast.runs import bodies
+from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
+from holdfast.runs.driver import MOST_STALLED
+from holdfast.runs.engines import Engines
+from holdfast.runs.publishing import Publisher
+from holdfast.runs.recovery import UNREADABLE_FOR
+from holdfast.store import Blob, CorruptManifest, DiskFull, IOFailed, NameKey
+
+from .test_service import OWNER, Clients, steps
+from .toy import NAME, ToyEngine, batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+
+def train(clients: Clients, x: int) -> None:
+    for run in clients.all:
+        clients._submit(run, FORWARD_BACKWARD, batch(x))
+        clients._submit(run, OPTIM_STEP, steps())
+
+
+def save(clients: Clients, name: str, *, overwrite: bool = False) -> None:
+    clients._submit(clients.all[0], bodies.SAVE_WEIGHTS, Save(name, None, overwrite))
+
+
+def load(clients: Clients, name: str) -> None:
+    (run,) = clients.all
+    clients._submit(run, bodies.LOAD_WEIGHTS, Load(run.id, "weights", name, True, [OWNER]))
+
+
+def check_all(clients: Clients) -> None:
+    clients.all_end()
+    clients._check_checkpoints()
+    clients._check_logs()
+
+
+# --- Workers --------------------------------------------------------------------------------
+
+
+def next_starts(
+    clients: Clients, count: int, start: Callable[[ToyEngine], Awaitable[ToyEngine]]
+) -> list[int]:
+    """Let the next starts of a worker go like that; how many are left to come."""
+    host = clients._world.runs.engines[NAME]
+    honest, left = host._start, [count]
+
+    async def one(name: str) -> Any:
+        worker = await honest(name)
+        if not left[0]:
+            return worker
+        left[0] -= 1
+        assert isinstance(worker, ToyEngine)
+        return await start(worker)
+
+    host._start = one
+    return left
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
+def test_a_worker_that_cannot_be_started_for_want_of_something_is_started_later(
+    clients: Clients, error: int
+) -> None:
+    train(clients, 1)
+    clients.all_end()
+
+    async def fail(worker: ToyEngine) -> ToyEngine:
+        raise OSError(error, "there is none left")
+
+    left = next_starts(clients, 7, fail)
+    clients.kill_the_worker()
+    train(clients, 2)
+    check_all(clients)
+    assert left == [0]
+
+
+async def cannot_load(worker: ToyEngine) -> ToyEngine:
+    """The memory of the one before is not free yet."""
+
+    async def ready() -> Any:
+        await asyncio.sleep(1.0)
+        raise EngineError("model_not_loadable", "no memory is left", "server")
+
+    worker.ready = ready  # type: ignore[method-assign]
+    return worker
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_base_model_that_is_not_loaded_at_once_delays_what_waits_for_its_turn(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, replay: bool
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    clients.create(pick=0, rank=1)
+    clients.all_end()
+    world = clients._world
+    world.pause = lambda what: 0.5 if what == FORWARD_BACKWARD else 0.001  # type: ignore[method-assign]
+    world.lives[-1]._pause = world.pause
+    train(clients, 1)
+    if replay:
+        clients.all_end()
+        clients.kill_the_worker()
+        train(clients, 2)
+    left = next_starts(clients, 1, cannot_load)
+    world.let(0.2)  # one computes, the other waits for its turn
+    clients.kill_the_worker()
+    check_all(clients)
+    assert left == [0]
+
+
+def serve(clients: Clients, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Start the server again with another base model."""
+
+    async def start(_: str) -> Any:
+        raise AssertionError("nobody asked for it")
+
+    monkeypatch.setattr(clients._world, "_engines", lambda: Engines([name], start))
+    clients.restart()
+
+
+@pytest.mark.parametrize("snapshots_there", [False, True])
+def test_runs_of_a_base_model_that_is_not_served_wait_until_it_is(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, snapshots_there: bool
+) -> None:
+    if not snapshots_there:
+
+        async def snapshot(*_: Any, **__: Any) -> None: ...
+
+        monkeypatch.setattr(Publisher, "snapshot", snapshot)
+    train(clients, 1)
+    clients.all_end()
+    with monkeypatch.context() as planted:
+        serve(clients, planted, "other")
+        (run,) = clients.all
+        clients._submit(run, FORWARD_BACKWARD, batch(2))
+        outcome, note = clients._poll(run.ops[run.highest], 5.0)
+        assert outcome is None
+        assert note == "base model 'toy' is not served here; there is 'other'"
+    clients.restart()
+    train(clients, 3)
+    check_all(clients)
+
+
+def test_what_waits_for_a_base_model_that_is_not_served_ends(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(clients, 1)
+    clients.all_end()
+    serve(clients, monkeypatch, "other")
+    (run,) = clients.all
+    clients._submit(run, OPTIM_STEP, steps())
+    outcome, _ = clients._poll(run.ops[run.highest], MOST_STALLED + 60)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == "base_model_not_found"
+
+
+# --- The storage ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["publish", "resolve", "read_manifest"])
+@pytest.mark.parametrize("what", [load, save])
+def test_what_needs_the_storage_waits_until_it_answers(
+    clients: Clients,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    what: Callable[[Clients, str], None],
+) -> None:
+    world = clients._world
+    train(clients, 1)
+    save(clients, "a")
+    clients.all_end()
+    answers_at, failed = world.clock.now + 20, []
+    honest = getattr(world.store, step)
+
+    def call(*args: Any, **options: Any) -> Any:
+        if world.clock.now < answers_at:
+            failed.append(args)
+            raise DiskFull("no space left")
+        return honest(*args, **options)
+
+    monkeypatch.setattr(world.store, step, call)
+    what(clients, "a" if what is load else "b")
+    clients.all_end()
+    monkeypatch.undo()
+    assert failed or (what, step) == (save, "read_manifest")
+    check_all(clients)
+
+
+def test_a_catalog_that_cannot_be_asked_for_the_epoch_ends_no_run(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store asks for it before each change, also where a snapshot makes another obsolete."""
+    left = [0]
+
+    def verify_epoch() -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise CatalogUnavailable("there is no file descriptor left")
+
+    monkeypatch.setattr(clients._world.store, "_before_change", [verify_epoch])
+    save(clients, "a")
+    clients.all_end()
+    for count in (1, 2, 3):
+        left[0] = count
+        load(clients, "a")
+        train(clients, count)
+        clients.all_end()
+        left[0] = count
+        clients._world.let(30.0)  # idle: a snapshot
+        assert left[0] < 0
+    check_all(clients)
+
+
+def test_a_save_replaces_a_checkpoint_that_is_damaged(clients: Clients) -> None:
+    save(clients, "a")
+    train(clients, 1)
+    clients.all_end()
+    key = NameKey(clients.all[0].id, "weights", "a")
+    manifest_id = clients._world.store.resolve(key)
+    assert manifest_id is not None
+    (path,) = clients._world.root.rglob(manifest_id)
+    path.chmod(0o600)
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    with pytest.raises(CorruptManifest):
+        clients._world.store.read_manifest(manifest_id)
+    save(clients, "a", overwrite=True)
+    check_all(clients)
+
+
+# --- Bad sectors ----------------------------------------------------------------------------
+
+
+def points(clients: Clients) -> list[tuple[int, str]]:
+    with clients._world.catalog._engine.connect() as connection:
+        rows = connection.execute(sa.select(snapshots).order_by(snapshots.c.seq.desc())).all()
+    return [(row.seq, row.manifest) for row in rows]
+
+
+def cannot_be_read(
+    clients: Clients,
+    monkeypatch: pytest.MonkeyPatch,
+    manifests: Collection[str],
+    until: float = float("inf"),
+) -> None:
+    """The disk gives an error for the weights of these."""
+    store, clock = clients._world.store, clients._world.clock
+    bad = [store.read_manifest(id).files[ADAPTER_WEIGHTS].hash for id in manifests]
+    honest = type(store).read_blob
+
+    def read_blob(store: Any, blob: Blob, *, what: str) -> bytes:
+        if blob.hash in bad and clock.now < until:
+            raise IOFailed(f"reading {what}: Input/output error")
+        return honest(store, blob, what=what)
+
+    monkeypatch.setattr(type(store), "read_blob", read_blob)
+
+
+@pytest.fixture
+def two_snapshots(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> Clients:
+    monkeypatch.setattr(Publisher, "due", False)
+    for x in range(3):
+        train(clients, x)
+        clients.all_end()
+        clients._world.let(30.0)  # idle: a snapshot
+    assert [seq for seq, _ in points(clients)] == [6, 4]
+    return clients
+
+
+def test_a_snapshot_on_a_bad_sector_is_as_good_as_a_damaged_one(
+    two_snapshots: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = two_snapshots
+    (_, newest), _ = points(clients)
+    cannot_be_read(clients, monkeypatch, [newest])
+    clients.kill_the_worker()
+    train(clients, 4)
+    check_all(clients)
+    assert [seq for seq, _ in points(clients)] == [4]
+    assert [e["position"] for e in clients.events if e["event"] == "restored"] == [4]
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_snapshot(
+    two_snapshots: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = two_snapshots
+    (_, newest), (_, older) = points(clients)
+    until = clients._now + UNREADABLE_FOR / 2
+    cannot_be_read(clients, monkeypatch, [newest, older], until)
+    clients.kill_the_worker()
+    train(clients, 4)
+    check_all(clients)
+    assert [seq for seq, _ in points(clients)] == [6, 4]
+    assert [e["position"] for e in clients.events if e["event"] == "restored"] == [6]
+
+
+def test_a_disk_that_fails_for_an_hour_ends_no_run(
+    two_snapshots: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = two_snapshots
+    cannot_be_read(clients, monkeypatch, [id for _, id in points(clients)], clients._now + 3600)
+    clients.kill_the_worker()
+    (run,) = clients.all
+    clients._submit(run, OPTIM_STEP, steps())
+    op = run.ops.pop(run.highest)
+    outcome, _ = clients._poll(op, MOST_STALLED + 60)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == "io_failed"
+    for _ in range(4):
+        clients._world.let(900.0)
+        clients._beat()
+    clients._submit(run, FORWARD_BACKWARD, batch(9), seq=op.seq + 1)
+    outcome, _ = clients._poll(run.ops[run.highest], 60.0)
+    assert outcome is not None and outcome.failure is None
+    clients._check_logs()
