@@ -669,9 +669,9 @@ class Clients(RuleBasedStateMachine):
         return any(
             isinstance(op.body, (Save, SaveSampler)) and op.body.name == key.name
             for run in self.all
-            if run.id == key.run and not (run.ending and run.cut is not None)
+            if run.id == key.run
             for op in run.ops.values()
-            if op.seq > run.at
+            if op.seq > run.at and (run.cut is None or op.seq < run.cut)
         )
 
     def _readers(self, key: NameKey) -> bool:
