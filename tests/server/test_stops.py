@@ -64,7 +64,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def seen(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    settings = {"stop_within": 6.0}
+    settings = {"stop_within": 12.0}
     server = ServerProcess(
         tmp_path_factory.mktemp("stops"),
         models={"small-llama": models["small-llama"]},
@@ -156,8 +156,7 @@ def stopped_while_asked(server: ServerProcess, run: RawRun, pending: str) -> Sto
     """Stop it, and send everything that there is to be sent, each on a new connection."""
 
     def ask(method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
-        with http_client(server) as http:
-            return http.request(method, path, json=body)
+        return http.request(method, path, json=body, headers={"connection": "close"})
 
     def poll() -> httpx2.Response:
         return ask("POST", "retrieve_future", {"request_id": pending})
@@ -165,7 +164,7 @@ def stopped_while_asked(server: ServerProcess, run: RawRun, pending: str) -> Sto
     def meanwhile(stop: Stop) -> None:
         began = time.monotonic()
         while ask("GET", "healthz").status_code == 200:
-            pass
+            time.sleep(0.005)
         polls.append(pool.submit(poll))
         stop.newcomer = newcomers.submit(train_anew, server)
         session, model = {"session_id": run.session_id}, {"model_id": run.model_id}
@@ -198,7 +197,7 @@ def stopped_while_asked(server: ServerProcess, run: RawRun, pending: str) -> Sto
         stop.polls = [each.result() for each in polls]
 
     newcomers = ThreadPoolExecutor()  # which outlast the stop
-    with ThreadPoolExecutor() as pool:
+    with http_client(server) as http, ThreadPoolExecutor() as pool:
         polls = [pool.submit(poll)]
         time.sleep(0.1)
         return stopped(server, meanwhile=meanwhile)
