@@ -214,8 +214,8 @@ def main() -> int:
             time.monotonic() + 60 * options.minutes,
         )
         try:
-            # Much of a script's time goes into clients' pauses.
-            series.run(max(2, os.cpu_count() or 1))
+            # Half of a script's time goes into clients' pauses.
+            series.run(2 * (os.cpu_count() or 1))
         except BaseException:
             told = f"seed {options.seed}: {series.kills} kills, {series.survived} scripts identical"
             print(f"{told}, then one failed; all data and logs are kept in {root}", flush=True)

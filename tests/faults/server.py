@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from holdfast.cli.server_process import ServerDied
 from tests.faults.preloaded import working_pid
 from tests.support.server import ServerProcess
 
@@ -18,8 +19,9 @@ SITE = Path(__file__).with_name("site")
 """To be found by its processes before what is installed."""
 
 
-_UNTIL_HEALTHY = 60.0
-_PAUSE = 0.1
+_UNTIL_HEALTHY = 300.0
+"""Seconds: a campaign runs beside whatever else there is to do."""
+_PAUSE = 0.02
 
 
 class FaultyServer(ServerProcess):
@@ -75,6 +77,15 @@ class FaultyServer(ServerProcess):
         except OSError:
             return False
 
+    def wait_until_healthy(self) -> None:
+        """Wait until it answers. Raises ServerDied."""
+        end = time.monotonic() + _UNTIL_HEALTHY
+        while self.alive and time.monotonic() < end:
+            if self.healthy():
+                return
+            time.sleep(_PAUSE)
+        raise ServerDied(self.log[-3000:])
+
     def keep_starting(self, seconds: float | None = None) -> None:
         """See to it that it runs, as a supervisor does: start it again whenever it has ended.
 
@@ -87,4 +98,5 @@ class FaultyServer(ServerProcess):
             elif seconds is None and self.healthy():
                 return
             time.sleep(_PAUSE)
-        assert seconds is not None, f"the server does not answer:\n{self.log[-3000:]}"
+        if seconds is None:
+            raise ServerDied(self.log[-3000:])

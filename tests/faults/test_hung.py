@@ -30,5 +30,5 @@ def test_a_hung_worker_is_replaced_unseen(
         log = campaign.server.log
     assert outcome.seen == undisturbed
     assert outcome.done == {each.kind: 1 for each in planned}
-    assert log.count("worker hangs, ending it") == 1
-    assert log.count(f"did not load its base model within {LIMITS['LOADING_TAKES']:.0f} s") == 1
+    assert "worker hangs, ending it" in log
+    assert f"did not load its base model within {LIMITS['LOADING_TAKES']:.0f} s" in log
