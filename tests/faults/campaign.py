@@ -215,7 +215,7 @@ def main() -> int:
         )
         try:
             # Half of a script's time goes into clients' pauses.
-            series.run(2 * (os.cpu_count() or 1))
+            series.run(2 * len(os.sched_getaffinity(0)))
         except BaseException:
             told = f"seed {options.seed}: {series.kills} kills, {series.survived} scripts identical"
             print(f"{told}, then one failed; all data and logs are kept in {root}", flush=True)

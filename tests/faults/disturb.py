@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Literal
 
 from tests.faults.network import Network
 from tests.faults.plan import Disturbance
@@ -21,9 +22,11 @@ from tests.faults.surroundings import (
     set_clock,
 )
 
-MOST_KILLS = 2
+MOST_DEATHS = 2
 """Of the worker, between two steps of any one tenant: an operation that kills its worker by itself
 does it three times."""
+MOST_OUTAGES = 3
+"""Of the server, likewise: the Elixir client sends a request eleven times, and no more."""
 LATEST = 3.0
 """Seconds for which a server may not come to what is to happen to it."""
 _LOADED = "base model ready"
@@ -52,8 +55,8 @@ class Disturber:
         self._steps = 0
         self._progress = threading.Event()
         self._stop = threading.Event()
-        self._since = dict.fromkeys(range(1, tenants + 1), 0)
-        """Deaths of the worker since each tenant made a step."""
+        self._since = {tenant: Counter[str]() for tenant in range(1, tenants + 1)}
+        """Deaths of the worker and outages of the server since each tenant made a step."""
         self._thread: threading.Thread | None = None
         self.done: Counter[str] = Counter()
         """How often each disturbance was made."""
@@ -66,7 +69,7 @@ class Disturber:
     # --- For the script ----------------------------------------------------------------------
 
     def progress(self, tenant: int) -> None:
-        self._since[tenant] = 0
+        self._since[tenant].clear()
         self._steps += 1
         self._progress.set()
 
@@ -126,11 +129,12 @@ class Disturber:
             self._disturb(disturbance)
 
     def _wait_for_progress(self) -> bool:
-        """Wait until the script has made a step, and every tenant one since the last kills."""
+        """Wait until the script has made a step, and every tenant one before it is too much."""
         while not self._stop.is_set():
             self._progress.wait()
             self._progress.clear()
-            if all(kills < MOST_KILLS for kills in list(self._since.values())):
+            since = list(self._since.values())
+            if all(s["deaths"] < MOST_DEATHS and s["outages"] < MOST_OUTAGES for s in since):
                 break
         return not self._stop.is_set()
 
@@ -154,7 +158,7 @@ class Disturber:
                 self._kill_worker()
             case "kill both":
                 if server.kill_workers():
-                    self._worker_died()
+                    self._note("deaths")
                 self._kill_server()
             case "kill while starting":
                 self._kill_while_starting(seconds)
@@ -167,6 +171,7 @@ class Disturber:
                     self.done[f"not reached: {what.point}"] += 1
                     return
             case "restart":
+                self._note("outages")
                 server.restart()
             case "hung worker":
                 self._hang(self._new_workers())
@@ -176,9 +181,10 @@ class Disturber:
                 set_clock(server.clock, what.clock)
             case "lost answers":
                 self._lose_answers(1 + int(seconds) % 3)
-            case "damaged snapshot":
-                server.stop()  # which keeps one of each run
-                damaged = damage_newest_snapshot(server)
+            case "damaged snapshot" | "damaged manifest":
+                self._note("outages")
+                server.stop()  # which keeps a snapshot of each run
+                damaged = damage_newest_snapshot(server, manifest=what.kind == "damaged manifest")
                 server.start()
                 if not damaged:
                     self.done["restart"] += 1
@@ -194,6 +200,7 @@ class Disturber:
 
     def _kill_server(self) -> None:
         self.kills += 1
+        self._note("outages")
         self._server.kill_and_restart()
 
     def _kill_worker(self) -> list[int]:
@@ -203,20 +210,20 @@ class Disturber:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.kills += 1
-        self._worker_died()
+        self._note("deaths")
         return pids
 
-    def _worker_died(self) -> None:
-        for tenant in list(self._since):
-            self._since[tenant] += 1
+    def _note(self, what: Literal["deaths", "outages"]) -> None:
+        for since in list(self._since.values()):
+            since[what] += 1
 
     def _kill_while_starting(self, seconds: float) -> None:
         """The server as it comes up, then the worker while it brings the runs back."""
         self._server.kill()
+        self.kills += 1
         self._server.launch()
         self._stop.wait(seconds)
-        self.kills += 2
-        self._server.kill_and_restart()
+        self._kill_server()
         self._new_workers()
         self._stop.wait(seconds / 4)
         self._kill_worker()
@@ -227,7 +234,7 @@ class Disturber:
             end = time.monotonic() + _HANGS
             while set(pids) & set(self._server.worker_pids()) and not self._stop.wait(0.1):
                 assert time.monotonic() < end, "the server leaves a hung worker alone"
-        self._worker_died()
+        self._note("deaths")
 
     def _hang_while_loading(self) -> None:
         """Suspend a new worker before it has loaded its base model, until it has been ended."""
@@ -259,6 +266,7 @@ class Disturber:
 
     def _start_in_trouble(self, during: str, seconds: float) -> None:
         """Kill or restart the server; for some seconds it may not be able to start."""
+        self._note("outages")
         if during == "kill":
             self.kills += 1
             self._server.kill()

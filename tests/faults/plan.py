@@ -32,6 +32,7 @@ Kind = Literal[
     "clock",
     "lost answers",
     "damaged snapshot",
+    "damaged manifest",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Those with a comma happen in the middle of the trouble behind it."""
@@ -45,7 +46,8 @@ _WEIGHTS = {
     "die at a point": 16,
     "restart": 2,
     "lost answers": 6,
-    "damaged snapshot": 4,
+    "damaged snapshot": 3,
+    "damaged manifest": 2,
 }
 """How often each kind is drawn; once where nothing stands here."""
 _LONGEST = {"suspend server": 60.0, "suspend worker": 12.0}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from holdfast.store import CorruptManifest
 from tests.support.server import ServerProcess
 
 
@@ -91,30 +92,28 @@ def set_clock(file: Path, wrong_by: float) -> None:
     new.replace(file)
 
 
-def damage_newest_snapshot(server: ServerProcess) -> bool:
-    """Flip a byte of a run's newest snapshot, while no server runs.
+def damage_newest_snapshot(server: ServerProcess, *, manifest: bool) -> bool:
+    """Flip a byte of a run's newest snapshot, or of its manifest, while no server runs.
 
     False when there is none that may be damaged: the run has one before it, and nothing else is
     made of the same bytes, so that no user asks for them.
     """
-    with sqlite3.connect(server.data_dir / "catalog.db") as connection:
-        found = connection.execute(_SNAPSHOTS).fetchall()
-    connection.close()
     store = server.data_dir / "store"
-    for newest, _, count in found:
-        if count < 2:
-            continue
-        others = Counter[str]()
-        with server.store() as opened:
-            for directory in ("manifests", "unnamed"):
-                for path in (store / directory).iterdir():
-                    files = opened.read_manifest(path.name).files
-                    if path.name != newest:
-                        others.update(blob.hash for blob in files.values())
-            blobs = [blob.hash for blob in opened.read_manifest(newest).files.values()]
-        for blob in blobs:
-            if blob not in others:
-                _flip_a_byte(store / "blobs" / blob)
+    connection = sqlite3.connect(server.data_dir / "catalog.db")
+    newest = {id_ for id_, _, count in connection.execute(_SNAPSHOTS) if count > 1}
+    connection.close()
+    used = Counter[str]()
+    blobs: dict[str, list[str]] = {}
+    with server.store() as opened:
+        for file in (*(store / "manifests").iterdir(), *(store / "unnamed").iterdir()):
+            with suppress(CorruptManifest):  # one of those that were damaged before
+                blobs[file.name] = [b.hash for b in opened.read_manifest(file.name).files.values()]
+                used.update(blobs[file.name])
+    for snapshot in newest & blobs.keys():
+        for blob in blobs[snapshot]:
+            if used[blob] == 1:
+                file = store / "unnamed" / snapshot if manifest else store / "blobs" / blob
+                _flip_a_byte(file)
                 return True
     return False
 
