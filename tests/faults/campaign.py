@@ -26,7 +26,7 @@ from pathlib import Path
 from tests.faults.disturb import Disturber
 from tests.faults.network import Network
 from tests.faults.plan import KINDS, Disturbance, Kind, plan
-from tests.faults.preloaded import preloaded_workers
+from tests.faults.preloaded import preloading
 from tests.faults.script import CLIENTS, Client, Nobody, Seen, run_script
 from tests.faults.server import FaultyServer
 from tests.faults.surroundings import SmallDisk
@@ -58,7 +58,7 @@ class Campaign:
         clients: Sequence[Client] = CLIENTS,
         *,
         model: Path,
-        workers: Path | None = None,
+        preloaded: Path | None = None,
         limits: Mapping[str, float] | None = None,
         disk: SmallDisk | None = None,
         network: bool = False,
@@ -67,7 +67,7 @@ class Campaign:
         self._clients = clients
         self._disk = disk
         self._network = network
-        self.server = FaultyServer(directory / "server", model, workers, limits)
+        self.server = FaultyServer(directory / "server", model, preloaded, limits)
 
     @property
     def has_disk(self) -> bool:
@@ -109,7 +109,7 @@ class _Series:
     clients: Sequence[Client]
     kinds: Sequence[Kind]
     model: Path
-    workers: Path
+    preloaded: Path
     end: float
     """Monotonic time."""
     kills: int = 0
@@ -153,7 +153,7 @@ class _Series:
             self.steps,
             self.clients,
             self.model,
-            workers=self.workers,
+            preloaded=self.preloaded,
             limits=LIMITS,
             network=network,
         ) as campaign:
@@ -202,7 +202,7 @@ def main() -> int:
         kinds = [kind for kind in kinds if not kind.endswith("full disk")]
     print(f"seed {options.seed}", flush=True)
     model = save_small_model("llama", root / "model")
-    with preloaded_workers(root, FaultyServer(root / "any", model).environment()) as workers:
+    with preloading(root, FaultyServer(root / "any", model).environment()) as preloaded:
         series = _Series(
             root,
             options.seed,
@@ -210,12 +210,12 @@ def main() -> int:
             clients[options.client],
             kinds,
             model,
-            workers,
+            preloaded,
             time.monotonic() + 60 * options.minutes,
         )
         try:
             # Half of a script's time goes into clients' pauses.
-            series.run(2 * len(os.sched_getaffinity(0)))
+            series.run(max(2, len(os.sched_getaffinity(0))))
         except BaseException:
             told = f"seed {options.seed}: {series.kills} kills, {series.survived} scripts identical"
             print(f"{told}, then one failed; all data and logs are kept in {root}", flush=True)
@@ -234,7 +234,7 @@ def _campaign(
     clients: Sequence[Client],
     model: Path,
     *,
-    workers: Path | None = None,
+    preloaded: Path | None = None,
     limits: Mapping[str, float] | None = None,
     network: bool = False,
 ) -> Iterator[Campaign]:
@@ -249,7 +249,7 @@ def _campaign(
             steps,
             clients,
             model=model,
-            workers=workers,
+            preloaded=preloaded,
             limits=limits,
             disk=disk,
             network=network,

@@ -1,4 +1,4 @@
-"""What the disturbed scripts have in common: the model, its workers, what is to be seen."""
+"""What the disturbed scripts have in common: the model, quick starts, what is to be seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.campaign import Campaign
-from tests.faults.preloaded import preloaded_workers
+from tests.faults.preloaded import preloading
 from tests.faults.script import Seen
 from tests.faults.server import FaultyServer
 from tests.support.models import save_small_model
@@ -41,10 +41,10 @@ def model(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where servers have their workers forked."""
-    directory = tmp_path_factory.mktemp("workers")
-    with preloaded_workers(directory, FaultyServer(directory / "any", model).environment()) as made:
+def preloaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where servers and workers are forked."""
+    directory = tmp_path_factory.mktemp("preloaded")
+    with preloading(directory, FaultyServer(directory / "any", model).environment()) as made:
         yield made
 
 

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Literal
+from dataclasses import dataclass
 
 from tests.faults.network import Network
 from tests.faults.plan import Disturbance
@@ -25,13 +25,27 @@ from tests.faults.surroundings import (
 MOST_DEATHS = 2
 """Of the worker, between two steps of any one tenant: an operation that kills its worker by itself
 does it three times."""
-MOST_OUTAGES = 3
-"""Of the server, likewise: the Elixir client sends a request eleven times, and no more."""
+LONGEST_OUTAGE = 10.0
+"""Seconds of disturbances in a row, likewise: the Elixir client tries a request for one minute."""
 LATEST = 3.0
 """Seconds for which a server may not come to what is to happen to it."""
 _LOADED = "base model ready"
 _HANGS = 120.0
 """Seconds after which a server that leaves a hung worker alone has failed."""
+
+
+@dataclass(slots=True)
+class _Since:
+    """What was done since a tenant made a step."""
+
+    deaths: int = 0
+    """Of the worker."""
+    outage: float = 0.0
+    """Seconds."""
+
+    @property
+    def bearable(self) -> bool:
+        return self.deaths < MOST_DEATHS and self.outage < LONGEST_OUTAGE
 
 
 class Disturber:
@@ -55,8 +69,7 @@ class Disturber:
         self._steps = 0
         self._progress = threading.Event()
         self._stop = threading.Event()
-        self._since = {tenant: Counter[str]() for tenant in range(1, tenants + 1)}
-        """Deaths of the worker and outages of the server since each tenant made a step."""
+        self._since = {tenant: _Since() for tenant in range(1, tenants + 1)}
         self._thread: threading.Thread | None = None
         self.done: Counter[str] = Counter()
         """How often each disturbance was made."""
@@ -69,7 +82,7 @@ class Disturber:
     # --- For the script ----------------------------------------------------------------------
 
     def progress(self, tenant: int) -> None:
-        self._since[tenant].clear()
+        self._since[tenant] = _Since()
         self._steps += 1
         self._progress.set()
 
@@ -126,15 +139,17 @@ class Disturber:
         for disturbance in planned:
             if not self._wait_for_progress() or self._stop.wait(disturbance.pause):
                 return
+            began = time.monotonic()
             self._disturb(disturbance)
+            for since in list(self._since.values()):
+                since.outage += time.monotonic() - began
 
     def _wait_for_progress(self) -> bool:
         """Wait until the script has made a step, and every tenant one before it is too much."""
         while not self._stop.is_set():
             self._progress.wait()
             self._progress.clear()
-            since = list(self._since.values())
-            if all(s["deaths"] < MOST_DEATHS and s["outages"] < MOST_OUTAGES for s in since):
+            if all(since.bearable for since in list(self._since.values())):
                 break
         return not self._stop.is_set()
 
@@ -158,7 +173,7 @@ class Disturber:
                 self._kill_worker()
             case "kill both":
                 if server.kill_workers():
-                    self._note("deaths")
+                    self._worker_died()
                 self._kill_server()
             case "kill while starting":
                 self._kill_while_starting(seconds)
@@ -171,7 +186,6 @@ class Disturber:
                     self.done[f"not reached: {what.point}"] += 1
                     return
             case "restart":
-                self._note("outages")
                 server.restart()
             case "hung worker":
                 self._hang(self._new_workers())
@@ -182,7 +196,6 @@ class Disturber:
             case "lost answers":
                 self._lose_answers(1 + int(seconds) % 3)
             case "damaged snapshot" | "damaged manifest":
-                self._note("outages")
                 server.stop()  # which keeps a snapshot of each run
                 damaged = damage_newest_snapshot(server, manifest=what.kind == "damaged manifest")
                 server.start()
@@ -200,7 +213,6 @@ class Disturber:
 
     def _kill_server(self) -> None:
         self.kills += 1
-        self._note("outages")
         self._server.kill_and_restart()
 
     def _kill_worker(self) -> list[int]:
@@ -210,12 +222,12 @@ class Disturber:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.kills += 1
-        self._note("deaths")
+        self._worker_died()
         return pids
 
-    def _note(self, what: Literal["deaths", "outages"]) -> None:
+    def _worker_died(self) -> None:
         for since in list(self._since.values()):
-            since[what] += 1
+            since.deaths += 1
 
     def _kill_while_starting(self, seconds: float) -> None:
         """The server as it comes up, then the worker while it brings the runs back."""
@@ -234,7 +246,7 @@ class Disturber:
             end = time.monotonic() + _HANGS
             while set(pids) & set(self._server.worker_pids()) and not self._stop.wait(0.1):
                 assert time.monotonic() < end, "the server leaves a hung worker alone"
-        self._note("deaths")
+        self._worker_died()
 
     def _hang_while_loading(self) -> None:
         """Suspend a new worker before it has loaded its base model, until it has been ended."""
@@ -266,7 +278,6 @@ class Disturber:
 
     def _start_in_trouble(self, during: str, seconds: float) -> None:
         """Kill or restart the server; for some seconds it may not be able to start."""
-        self._note("outages")
         if during == "kill":
             self.kills += 1
             self._server.kill()

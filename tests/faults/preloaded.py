@@ -1,8 +1,8 @@
-"""Workers that start in a tenth of the time: forked from a process that has imported torch.
+"""Servers and workers that start in a fraction of the time: forked from what has loaded libraries.
 
-`python -m tests.faults.preloaded SOCKET` is that process. All of Holdfast is imported by each
-worker anew, and it runs as ever: its pipes, its environment, its death by any signal. The process
-that its server has started stands in for it, see `tests.faults.stand_in`.
+`python -m tests.faults.preloaded DIRECTORY server|worker` is such a process. All of Holdfast is
+imported by each fork anew, and it runs as ever: its pipes, its environment, its death by any
+signal. What a test or a server has started stands in for it, see `tests.faults.stand_in`.
 """
 
 from __future__ import annotations
@@ -21,49 +21,62 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.faults.stand_in import LIMIT
+from tests.faults.limits import change_limits
+from tests.faults.stand_in import LIMIT, PRELOADED
 
 _STARTUP = 120.0
 _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def preloaded_workers(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
-    """The socket at which servers find their workers (FAULTS_WORKERS), and which pids they have.
+def preloading(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
+    """The directory (FAULTS_PRELOADED) in which servers and workers are forked.
 
-    `environment` is what a worker would start with.
+    `environment` is what they start with.
     """
-    address = directory / "workers"
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.preloaded", str(address)],
-        # numpy's own threads would not survive a fork, and nothing here needs them.
-        env={**environment, "OPENBLAS_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-    ) as process:
-        try:
+    with ExitStack() as stack:
+        loading = {
+            directory / name: stack.enter_context(_loading(directory, name, environment))
+            for name in PRELOADED.values()
+        }
+        for address, process in loading.items():
             end = time.monotonic() + _STARTUP
             while not address.exists():
                 assert process.poll() is None and time.monotonic() < end, "nothing was preloaded"
                 time.sleep(0.02)
-            yield address
+        yield directory
+
+
+@contextmanager
+def _loading(
+    directory: Path, name: str, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.preloaded", str(directory), name],
+        # numpy's own threads would not survive a fork, and nothing here needs them.
+        env={**environment, "OPENBLAS_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+    ) as process:
+        try:
+            yield process
         finally:
-            process.kill()  # and with it the workers
+            process.kill()  # and with it what it has forked
 
 
-def working_pid(address: Path, stand_in: int) -> int | None:
-    """The worker for which a process stands in; None while it is still to be forked."""
+def working_pid(directory: Path, stand_in: int) -> int | None:
+    """The process for which another one stands in; None while there is none yet, or no more."""
     with suppress(FileNotFoundError):
-        return int(_pid_file(address, stand_in).read_text())
+        return int(_pid_file(directory, stand_in).read_text())
     return None
 
 
-def _pid_file(address: Path, stand_in: int) -> Path:
-    return address.with_name(f"{address.name}.{stand_in}")
+def _pid_file(directory: Path, stand_in: int) -> Path:
+    return directory / f"{stand_in}.pid"
 
 
 @dataclass(slots=True)
@@ -98,16 +111,15 @@ class _Preloaded:
         self._selector.register(self._ended, selectors.EVENT_READ)
         new.rename(self._address)
         while True:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._listening:
-                    self._fork(self._listening.accept()[0])
-                elif key.fileobj is self._ended:
-                    self._reap()
-                else:  # whoever stood in was killed
-                    self._selector.unregister(key.fileobj)
-                    forked = self._forked.get(key.fd)
-                    if forked is not None:
-                        os.kill(forked.pid, signal.SIGKILL)
+            # One at a time: what is done for one may close the file of the next.
+            key, _ = self._selector.select()[0]
+            if key.fileobj is self._listening:
+                self._fork(self._listening.accept()[0])
+            elif key.fileobj is self._ended:
+                self._reap()
+            else:  # whoever stood in was killed
+                self._selector.unregister(key.fileobj)
+                os.kill(self._forked[key.fd].pid, signal.SIGKILL)
 
     def _fork(self, connection: socket.socket) -> None:
         size, pipes, _, _ = socket.recv_fds(connection, 4, 3)
@@ -124,12 +136,13 @@ class _Preloaded:
         order = json.loads(told)
         pid = os.fork()
         if pid == 0:
+            self._selector.close()
             for opened in (*self._open, *(f.connection for f in self._forked.values()), connection):
                 opened.close()
-            _become_worker(order, pipes)
+            _become(order, pipes)
         for pipe in pipes:
             os.close(pipe)
-        pid_file = _pid_file(self._address, order["pid"])
+        pid_file = _pid_file(self._address.parent, order["pid"])
         new = pid_file.with_suffix(".new")
         new.write_text(str(pid))
         new.rename(pid_file)
@@ -153,27 +166,37 @@ class _Preloaded:
                 forked.connection.close()
 
 
-def _become_worker(order: Mapping[str, Any], pipes: list[int]) -> NoReturn:
-    """In the fork: what it would be if its server had started it."""
+def _become(order: Mapping[str, Any], files: list[int]) -> NoReturn:
+    """In the fork: what it would be if it had been started by itself."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number, pipe in enumerate(pipes):
-        os.dup2(pipe, number)
-        os.close(pipe)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
     os.environ.clear()
     os.environ.update(order["environment"])
     resource.setrlimit(LIMIT, tuple(order["limit"]))
+    sys.argv[1:] = order["arguments"]
     try:
-        runpy.run_module("holdfast.engine.worker", run_name="__main__", alter_sys=True)
+        change_limits()
+        runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        _end(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        _end(1)
+    _end(0)
 
 
-def _import_libraries() -> None:
-    """What a worker imports that is not ours, as far as it starts no threads."""
+def _end(status: int) -> NoReturn:
+    for file in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            file.flush()
+    os._exit(status)
+
+
+def _load_for_a_worker() -> None:
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers
@@ -183,16 +206,31 @@ def _import_libraries() -> None:
     transformers.AutoTokenizer  # noqa: B018
 
 
-def main(address: str) -> NoReturn:
+def _load_for_a_server() -> None:
+    import blake3  # noqa: F401
+    import click  # noqa: F401
+    import fastapi.responses  # noqa: F401
+    import google.protobuf.message  # noqa: F401
+    import numpy  # noqa: F401
+    import safetensors  # noqa: F401
+    import sqlalchemy.dialects.sqlite  # noqa: F401
+    import structlog  # noqa: F401
+    import uvicorn.lifespan.on
+    import uvicorn.loops.auto
+    import uvicorn.protocols.http.auto
+    import uvicorn.protocols.websockets.auto  # noqa: F401
+
+
+def main(directory: str, name: str) -> NoReturn:
     """Serve until killed."""
-    _import_libraries()
+    {"worker": _load_for_a_worker, "server": _load_for_a_server}[name]()
     threads = list(Path("/proc/self/task").iterdir())
     assert len(threads) == 1, f"what is forked loses the threads {threads}"
     assert not any(name.startswith("holdfast") for name in sys.modules), "not ours"
     gc.collect()
     gc.freeze()
-    _Preloaded(Path(address)).serve()
+    _Preloaded(Path(directory, name)).serve()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

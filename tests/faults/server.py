@@ -1,14 +1,17 @@
-"""A server that faults are done to: with fail points, a clock of its own, preloaded workers."""
+"""A server that faults are done to: with fail points, a clock of its own, and quick starts."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from holdfast.cli.server_process import ServerDied
 from tests.faults.preloaded import working_pid
@@ -24,8 +27,33 @@ _UNTIL_HEALTHY = 300.0
 _PAUSE = 0.02
 
 
+class _StoodIn(subprocess.Popen[bytes]):
+    """What stands in for a preloaded server: signals are for the server itself."""
+
+    def __init__(
+        self, directory: Path, command: list[str], log: BinaryIO, environment: dict[str, str]
+    ) -> None:
+        super().__init__(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        self._directory = directory
+
+    def send_signal(self, sig: int) -> None:
+        pid = self.working()
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, sig)
+
+    def working(self) -> int | None:
+        """The process of the server, waiting for it to be forked; None when it has ended."""
+        while self.poll() is None:
+            pid = working_pid(self._directory, self.pid)
+            if pid is not None:
+                return pid
+            time.sleep(0.002)
+        return None
+
+
 class FaultyServer(ServerProcess):
-    """`workers` is where preloaded ones are forked; without it they start as a user's do.
+    """`preloaded` is where it and its workers are forked; without it they start as a user's do.
 
     `limits` are constants of `holdfast.runs.engines` that are to be others, by their names.
     """
@@ -34,36 +62,52 @@ class FaultyServer(ServerProcess):
         self,
         directory: Path,
         model: Path,
-        workers: Path | None = None,
+        preloaded: Path | None = None,
         limits: Mapping[str, float] | None = None,
     ) -> None:
         self.points = directory.with_name(f"{directory.name}-points")
         """An empty file named as a fail point arms it."""
         self.points.mkdir(parents=True)
         self.clock = directory.with_name(f"{directory.name}-clock")
-        self._workers = workers
+        self._preloaded = preloaded
         environment = {"HOLDFAST_FAILPOINTS": str(self.points), "FAULTS_CLOCK": str(self.clock)}
-        if workers is not None:
-            environment["FAULTS_WORKERS"] = str(workers)
+        if preloaded is not None:
+            environment["FAULTS_PRELOADED"] = str(preloaded)
         if limits is not None:
             environment["FAULTS_LIMITS"] = json.dumps(dict(limits))
         super().__init__(
             directory, models={BASE_MODEL: model}, environment=environment, paths=[SITE]
         )
 
+    @property
+    def pid(self) -> int:
+        """The server's process; that which stands in for it only until there is one."""
+        process = self._process
+        working = process.working() if isinstance(process, _StoodIn) else None
+        return super().pid if working is None else working
+
+    def launch(self) -> None:
+        """Start it, and wait for nothing."""
+        if self._preloaded is None:
+            super().launch()
+            return
+        assert not self.alive, "the server runs already"
+        with self.log_file.open("ab") as log:
+            self._process = _StoodIn(self._preloaded, self.command(), log, self.environment())
+
     def worker_pids(self) -> list[int]:
         """The engine workers that run now; not those that stand in for one."""
         found = super().worker_pids()
-        if self._workers is None:
+        if self._preloaded is None:
             return found
-        return [pid for each in found if (pid := working_pid(self._workers, each)) is not None]
+        return [pid for each in found if (pid := working_pid(self._preloaded, each)) is not None]
 
     def children(self) -> list[int]:
         """The processes that it has started, and those for which they stand in."""
         found = super().children()
-        if self._workers is None:
+        if self._preloaded is None:
             return found
-        return [*found, *(pid for each in found if (pid := working_pid(self._workers, each)))]
+        return [*found, *(pid for each in found if (pid := working_pid(self._preloaded, each)))]
 
     def terminate(self) -> None:
         """Ask it to end, and wait for nothing."""

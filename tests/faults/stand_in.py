@@ -1,7 +1,7 @@
-"""A worker that a server has started, while `tests.faults.preloaded` forks the one that works.
+"""What a test has started, while `tests.faults.preloaded` forks the process that does the work.
 
 It does nothing but live and die with it: whoever ends this process ends that one, and the status
-with which that one ends is this one's. Imports little, for it starts as often as a worker does.
+with which that one ends is this one's. Imports little, for it starts as often as that one does.
 """
 
 from __future__ import annotations
@@ -11,23 +11,35 @@ import os
 import resource
 import signal
 import socket
+from collections.abc import Sequence
 
+PRELOADED = {"holdfast.engine.worker": "worker", "holdfast.cli": "server"}
+"""The modules that are run, and the sockets of those who have loaded what they import."""
 LIMIT = resource.RLIMIT_FSIZE
 """Handed on: what `no_room_for_files` sets, a worker inherits from its server."""
 
 
-def stand_in(address: str) -> None:
-    """Have a worker forked with this process's pipes, environment and limits; never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a worker
+def stand_in(directory: str, module: str, arguments: Sequence[str]) -> None:
+    """Have `python -m module` forked with this process's standard files, environment and limits.
+
+    Never returns.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that one is told, too
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect(address)
-        told = {"pid": os.getpid(), "environment": dict(os.environ)}
-        message = json.dumps({**told, "limit": resource.getrlimit(LIMIT)}).encode()
+        connection.connect(f"{directory}/{PRELOADED[module]}")
+        order = {
+            "pid": os.getpid(),
+            "module": module,
+            "arguments": arguments,
+            "environment": dict(os.environ),
+            "limit": resource.getrlimit(LIMIT),
+        }
+        message = json.dumps(order).encode()
         socket.send_fds(connection, [len(message).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(message)
         nothing = os.open(os.devnull, os.O_RDWR)
-        for pipe in (0, 1):  # their other ends are to see that worker's end
-            os.dup2(nothing, pipe)
+        for file in (0, 1):  # the other ends of pipes are to see that one's end
+            os.dup2(nothing, file)
         answer = connection.recv(16)
     status = int(answer or -signal.SIGKILL)
     if status < 0:

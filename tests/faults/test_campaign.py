@@ -68,7 +68,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def campaigns(
-    model: Path, workers: Path, tmp_path_factory: pytest.TempPathFactory
+    model: Path, preloaded: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Campaign]]:
     """Two of them, disturbed side by side: much of the time goes into clients' pauses."""
     with ExitStack() as stack:
@@ -81,7 +81,9 @@ def campaigns(
                 stack.callback(disk.remove)
                 stack.callback(_keep_log, directory)
             made.append(
-                Campaign(directory, STEPS, model=model, workers=workers, disk=disk, network=True)
+                Campaign(
+                    directory, STEPS, model=model, preloaded=preloaded, disk=disk, network=True
+                )
             )
         stack.enter_context(campaigning(*made))
         yield made

@@ -1,4 +1,4 @@
-"""A preloaded worker lives and dies as one that its server has started."""
+"""Preloaded processes live and die as those that are started in the usual way."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tests.faults.server import FaultyServer
 
 
 @pytest.fixture
-def server(tmp_path: Path, model: Path, workers: Path) -> FaultyServer:
-    return FaultyServer(tmp_path / "server", model, workers)
+def server(tmp_path: Path, model: Path, preloaded: Path) -> FaultyServer:
+    return FaultyServer(tmp_path / "server", model, preloaded)
 
 
 @contextmanager
-def started(server: FaultyServer, workers: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def started(server: FaultyServer, preloaded: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """What its server has started, and the worker for which that stands in."""
     command = [sys.executable, "-m", "holdfast.engine.worker"]
     with subprocess.Popen(
         command, env=server.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        until(lambda: working_pid(workers, process.pid) is not None)
-        pid = working_pid(workers, process.pid)
+        until(lambda: working_pid(preloaded, process.pid) is not None)
+        pid = working_pid(preloaded, process.pid)
         assert pid is not None
         yield process, pid
 
@@ -47,35 +47,50 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_it_ends_when_its_server_closes_the_pipe(server: FaultyServer, workers: Path) -> None:
-    with started(server, workers) as (process, pid):
+def test_it_ends_when_its_server_closes_the_pipe(server: FaultyServer, preloaded: Path) -> None:
+    with started(server, preloaded) as (process, pid):
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(30) == 0
         assert not alive(pid)
 
 
-def test_it_dies_when_its_server_kills_what_it_started(server: FaultyServer, workers: Path) -> None:
-    with started(server, workers) as (process, pid):
+def test_it_dies_when_its_server_kills_what_it_started(
+    server: FaultyServer, preloaded: Path
+) -> None:
+    with started(server, preloaded) as (process, pid):
         os.kill(pid, signal.SIGSTOP)  # also when it hangs
         process.kill()
         until(lambda: not alive(pid))
 
 
-def test_its_death_is_seen_by_its_server(server: FaultyServer, workers: Path) -> None:
-    with started(server, workers) as (process, pid):
+def test_its_death_is_seen_by_its_server(server: FaultyServer, preloaded: Path) -> None:
+    with started(server, preloaded) as (process, pid):
         os.kill(pid, signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL
         assert process.stdout is not None
         assert process.stdout.read() == b""
 
 
-def test_it_inherits_its_server_s_limits(server: FaultyServer, workers: Path) -> None:
+def test_it_inherits_its_server_s_limits(server: FaultyServer, preloaded: Path) -> None:
     limit, hard = 1 << 30, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with started(server, workers) as (_, pid):
+        with started(server, preloaded) as (_, pid):
             until(lambda: resource.prlimit(pid, resource.RLIMIT_FSIZE) == (limit, hard))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_server_stops_and_dies_as_ever(server: FaultyServer) -> None:
+    server.start()
+    pid = server.pid
+    assert b"preloaded" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    server.restart()
+    assert not alive(pid) and alive(server.pid) and server.pid != pid
+    pid, workers = server.pid, server.worker_pids()
+    server.kill()
+    assert not alive(pid)
+    until(lambda: not any(map(alive, workers)))
+    assert not server.alive

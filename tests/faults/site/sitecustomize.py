@@ -1,9 +1,9 @@
 """Changes the processes of a server under test: first on its PYTHONPATH, Python imports this.
 
 FAULTS_CLOCK names a file with the seconds by which the wall clock is wrong. The monotonic clock
-goes on, as it does when somebody sets a machine's clock. FAULTS_WORKERS names the socket of
-`tests.faults.preloaded`: a worker that starts has itself replaced by one of there. FAULTS_LIMITS
-holds constants of `holdfast.runs.engines` that are to be others, as JSON.
+goes on, as it does when somebody sets a machine's clock. FAULTS_PRELOADED names the directory of
+`tests.faults.preloaded`, where servers and workers are forked. FAULTS_LIMITS is read by
+`tests.faults.limits`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ def _wrong_ns() -> int:
 if "FAULTS_CLOCK" in os.environ:
     time.time = _wrong
     time.time_ns = _wrong_ns
-if "FAULTS_WORKERS" in os.environ and sys.orig_argv[-1] == "holdfast.engine.worker":
-    from tests.faults.stand_in import stand_in
+# Nothing more is imported by all those processes that are neither.
+_module, *_arguments = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-m"] else [""]
+if _module in ("holdfast.cli", "holdfast.engine.worker"):
+    if "FAULTS_PRELOADED" in os.environ:
+        from tests.faults.stand_in import stand_in
 
-    stand_in(os.environ["FAULTS_WORKERS"])
-if "FAULTS_LIMITS" in os.environ and "serve" in sys.orig_argv:
-    import json
+        stand_in(os.environ["FAULTS_PRELOADED"], _module, _arguments)
+    if _module == "holdfast.cli":
+        from tests.faults.limits import change_limits
 
-    from holdfast.runs import engines
-
-    for _name, _limit in json.loads(os.environ["FAULTS_LIMITS"]).items():
-        assert hasattr(engines, _name), _name
-        setattr(engines, _name, _limit)
+        change_limits()

@@ -1,0 +1,21 @@
+"""Other limits for a server under test than a user's server has: FAULTS_LIMITS.
+
+It holds constants of `holdfast.runs.engines`, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+
+def change_limits() -> None:
+    """In a server's process, before it serves."""
+    limits = os.environ.get("FAULTS_LIMITS")
+    if limits is None:
+        return
+    from holdfast.runs import engines
+
+    for name, limit in json.loads(limits).items():
+        assert hasattr(engines, name), name
+        setattr(engines, name, limit)
