@@ -14,9 +14,10 @@ import argparse
 import http.client
 import json
 import os
+import re
+import selectors
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -52,11 +53,7 @@ def measure_latency(requests: int) -> None:
         # The first number is missing, and the others wait.
         clients = [_Client(server.url, requests) for _ in range(CLIENTS)]
         fsyncs = _fsync_seconds(Path(folder) / "before")
-        threads = [threading.Thread(target=client.run) for client in clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        _submit_all(clients)
         fsync = statistics.median(fsyncs + _fsync_seconds(Path(folder) / "after"))
     times = sorted(t for client in clients for t in client.times)
     p50, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
@@ -69,42 +66,84 @@ def measure_latency(requests: int) -> None:
 
 
 class _Client:
-    """Submits one after the other, its bodies made beforehand."""
+    """Submits one after the other, over a connection of its own; its requests are made beforehand.
+
+    It does as little as a client can, and none waits for the interpreter while another has it: what
+    is measured is the server.
+    """
 
     def __init__(self, url: str, requests: int) -> None:
-        self._http = http.client.HTTPConnection(url.removeprefix("http://"))
-        session = self._post_json("create_session", {"tags": []})["session_id"]
+        http_ = http.client.HTTPConnection(url.removeprefix("http://"))
+        session = _post(http_, "create_session", {"tags": []})["session_id"]
         body = {"session_id": session, "model_seq_id": 0, "base_model": "holdfast-tiny"}
-        model = self._post_json("create_model", body)["model_id"]
+        model = _post(http_, "create_model", body)["model_id"]
         ones = np.ones(TOKENS, np.int64)
         inputs = {
             "target_tokens": Tensor.from_numpy(ones),
             "weights": Tensor.from_numpy(ones.astype(np.float32)),
         }
         datum = Datum((EncodedText.of([1] * TOKENS),), inputs)
-        self._bodies = [
+        bodies = [
             BatchRequest(model, seq, [datum], "cross_entropy").to_protobuf()
             for seq in range(2, 2 + requests)
         ]
-        self.size = len(self._bodies[0])
+        self.size = len(bodies[0])
+        self.socket = http_.sock
         self.times: list[float] = []
+        self._requests = iter([_request(body) for body in bodies])
+        self._began = 0.0
+        self._received = b""
 
-    def run(self) -> None:
-        for body in self._bodies:
-            began = time.perf_counter()
-            self._post("forward_backward", body, "application/x-protobuf")
-            self.times.append(time.perf_counter() - began)
+    def send(self) -> bool:
+        """Send the next request; False when there is none."""
+        request = next(self._requests, None)
+        if request is None:
+            return False
+        self._began = time.perf_counter()
+        self.socket.sendall(request)
+        return True
 
-    def _post_json(self, path: str, body: dict[str, Any]) -> Any:
-        return json.loads(self._post(path, json.dumps(body).encode(), "application/json"))
+    def receive(self, now: float) -> bool:
+        """Take what has arrived by `now`; whether that completes the answer."""
+        self._received += self.socket.recv(1 << 16)
+        head, _, body = self._received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if length is None or len(body) < int(length[1]):
+            return False
+        assert head.startswith(b"HTTP/1.1 200 "), self._received
+        self.times.append(now - self._began)
+        self._received = b""
+        return True
 
-    def _post(self, path: str, body: bytes, content_type: str) -> bytes:
-        headers = {"x-api-key": "tml-bench", "content-type": content_type}
-        self._http.request("POST", f"/api/v1/{path}", body, headers)
-        answer = self._http.getresponse()
-        content = answer.read()
-        assert answer.status == 200, content
-        return content
+
+def _submit_all(clients: list[_Client]) -> None:
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            selector.register(client.socket, selectors.EVENT_READ, client)
+            client.send()
+        while selector.get_map():
+            ready = selector.select()
+            now = time.perf_counter()
+            for key, _ in ready:
+                if key.data.receive(now) and not key.data.send():
+                    selector.unregister(key.data.socket)
+
+
+def _post(to: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> Any:
+    headers = {"x-api-key": "tml-bench", "content-type": "application/json"}
+    to.request("POST", f"/api/v1/{path}", json.dumps(body).encode(), headers)
+    answer = to.getresponse()
+    content = answer.read()
+    assert answer.status == 200, content
+    return json.loads(content)
+
+
+def _request(body: bytes) -> bytes:
+    head = (
+        "POST /api/v1/forward_backward HTTP/1.1\r\nhost: bench\r\nx-api-key: tml-bench\r\n"
+        f"content-type: application/x-protobuf\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 def measure_throughput(pairs: int, threads: int) -> None:

@@ -15,11 +15,14 @@ from typing import Any, get_type_hints
 
 from fastapi import Request
 from fastapi.params import Depends
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdfast.protocol.bodies import Body
+
+# As JSONResponse does, which makes an encoder for each.
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 Endpoint = Callable[..., Awaitable[Response | dict[str, Any]]]
 Handler = Callable[[Request, Any], Any]
@@ -65,6 +68,8 @@ class Direct:
             return
         except Exception as error:
             answer = await self._handler(error)(request, error)
+        if isinstance(answer, dict):
+            answer = Response(_JSON(answer), media_type="application/json")
         await answer(scope, receive, send)
 
     def _is_usual(self, scope: Scope, call: _Call) -> bool:
@@ -103,14 +108,13 @@ class _Call:
                 assert issubclass(hint, Body), f"{endpoint} takes {name} from somewhere else"
                 self._body, self.body = name, hint
 
-    async def __call__(self, request: Request, body: Body | None) -> Response:
+    async def __call__(self, request: Request, body: Body | None) -> Response | dict[str, Any]:
         arguments = {name: await find(request) for name, find in self._dependencies}
         if self._request is not None:
             arguments[self._request] = request
         if body is not None:
             arguments[self._body] = body
-        answer = await self._endpoint(**arguments)
-        return answer if isinstance(answer, Response) else JSONResponse(answer)
+        return await self._endpoint(**arguments)
 
 
 def _again(data: bytes) -> Receive:
