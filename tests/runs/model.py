@@ -35,7 +35,7 @@ class Op:
     kind: str
     body: bytes | Body
     fate: str = "accepted"
-    """Or refused, missing, late."""
+    """Or refused, missing, late; or short, of the memory that it needed."""
     request_id: str = ""
     refusal: str = "invalid_datum"
     seen: Outcome | None = None
@@ -75,8 +75,9 @@ Names = dict[NameKey, Saved]
 class ModelRun:
     """One run, interpreted as far as its order is known."""
 
-    def __init__(self, id: str, client: str, names: Names) -> None:
+    def __init__(self, id: str, client: str, names: Names, generation: int = 0) -> None:
         self.id = id
+        self.generation = generation
         self.client = client
         self.names = names
         self.ops: dict[int, Op] = {}
@@ -168,6 +169,8 @@ class ModelRun:
             if op.kind == bodies.FORWARD_BACKWARD:
                 self._mark(op.seq)
             return Failed(op.refusal)
+        if op.fate == "short":
+            return self._broken_off(op)
         match op.body:
             case bodies.Create(config):
                 self.state = toy.initial(bodies.config_from_json(config))
@@ -191,6 +194,14 @@ class ModelRun:
         function = toy.forward if op.kind == bodies.FORWARD else toy.forward_backward
         self.state, result = function(self.state, op.seq, op.body)
         return Failed(result.code) if isinstance(result, EngineError) else Done(result)
+
+    def _broken_off(self, op: Op) -> Expected:
+        assert self.state is not None
+        if op.kind == bodies.FORWARD_BACKWARD:
+            self._mark(op.seq)
+        elif op.kind == bodies.OPTIM_STEP:
+            self.state = self.state.cleared()
+        return Failed("out_of_memory")
 
     def _step(self, body: OptimStep) -> Expected:
         assert self.state is not None

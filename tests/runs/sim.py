@@ -13,6 +13,8 @@ its tasks are abandoned, and another server is started over the same files.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import selectors
 import shutil
@@ -29,7 +31,7 @@ from unittest import mock
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog, CatalogUnavailable, database
-from holdfast.engine.interface import WorkerDied
+from holdfast.engine.interface import EngineError, WorkerDied
 from holdfast.runs import (
     checkpoints,
     clock,
@@ -45,7 +47,7 @@ from holdfast.runs import (
     turns,
 )
 from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, Engines
-from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.errors import RunError
 from holdfast.runs.segments import Segments
 from holdfast.runs.service import Lifetimes, Runs
 from holdfast.store import LocalStore, retries
@@ -71,6 +73,12 @@ _TIMED = (
     retries,
 )
 """The modules that read the clock."""
+
+
+NEEDS_MEMORY = frozenset(
+    ("forward", "forward_backward", "optim_step", "restore", "capture", "write", "mark", "drop")
+)
+"""Steps of an engine at which memory may be short. A creation that fails is another matter."""
 
 
 class Killed(SystemExit):
@@ -187,6 +195,12 @@ class SimCatalog(Catalog):
         await asyncio.sleep(self._world.pause("read"))
         return self.read_now(work)
 
+    def read_now(self, work: Callable[[sa.Connection], T]) -> T:
+        if self._world.refuse_reads > 0:
+            self._world.refuse_reads -= 1
+            raise CatalogUnavailable("no file descriptor is free")
+        return super().read_now(work)
+
     def close(self) -> None:
         self._writer.close()
         self._engine.dispose()
@@ -215,12 +229,18 @@ class SimCatalog(Catalog):
 
 
 class _Files(LocalFiles):
-    """The disk, with a point before and after each call that changes something."""
+    """The disk, with a point before and after each call that changes something.
 
-    def __init__(self, point: Callable[[str], None]) -> None:
+    While it `is_full`, no file is created.
+    """
+
+    def __init__(self, point: Callable[[str], None], is_full: Callable[[], bool]) -> None:
         self._point = point
+        self._is_full = is_full
 
     def create(self, path: str) -> WriteFile:
+        if self._is_full():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with self._around("create"):
             return super().create(path)
 
@@ -301,6 +321,20 @@ class World:
         """How many workers hang from their start on."""
         self.refuse_commits = 0
         """How many commits the database refuses from now on."""
+        self.refuse_reads = 0
+        """How many reads of the database fail from now on."""
+        self.full_until = 0.0
+        """Until when there is no room on the disk."""
+        self.short_in: int | None = None
+        """Calls of an engine that need memory, after which one gets none."""
+        self.shortages = 0
+        """How many calls got none so far."""
+        self.unstartable = 0
+        """How many times a worker cannot be started from now on."""
+        self.unloadable = 0
+        """How many workers cannot load their base model from now on, when one has before."""
+        self.known: set[str] = set()
+        """Runs whose state an engine has had."""
         self.checked_at_boot: Callable[[World], None] = lambda _: None
         """What must be true of the files that a killed server left."""
         self.kills = 0
@@ -313,6 +347,8 @@ class World:
         self._patches.append(mock.patch("asyncio.to_thread", self._to_thread))
         # Unless it is said, in half of the worlds every body and result is a large one.
         drawn = random.Random(f"large {seed}").random() < 0.5
+        # As in half of them a server takes the catalog over, and asks whether it has it still.
+        self.claims = random.Random(f"claims {seed}").random() < 0.5
         limit = 0 if (drawn if large is None else large) else contents.LARGE
         self._patches.append(mock.patch.object(contents, "LARGE", limit))
         for patch in self._patches:
@@ -325,7 +361,8 @@ class World:
     def boot(self) -> None:
         """Start a server over the files."""
         self.loop = _Loop(self.clock)
-        files = self.power or _Files(self.point)
+        self.refuse_reads = 0
+        files = self.power or _Files(self.point, lambda: self.clock.now < self.full_until)
         self.store = LocalStore(
             self.root / "store",
             files=files,
@@ -337,6 +374,8 @@ class World:
         self.runs = Runs(self.catalog, self.segments, self.store, self._engines(), self.lifetimes)
         if self.kills:
             self.checked_at_boot(self)
+        if self.claims:
+            self.loop.run_until_complete(self.catalog.claim("the server"))
         self.loop.run_until_complete(self.runs.start())
 
     def kill(self) -> None:
@@ -409,7 +448,11 @@ class World:
                 return self.loop.run_until_complete(_as_coroutine(call))
             except Killed:
                 self.kill()
-            except (Unavailable, CatalogUnavailable):
+            except CatalogUnavailable:
+                self.let(0.1)
+            except RunError as error:
+                if error.reason != "unavailable":
+                    raise
                 self.let(0.1)
 
     def let(self, seconds: float) -> None:
@@ -440,6 +483,12 @@ class World:
 
     def _engine_point(self, what: str) -> None:
         self.point(what)
+        if self.short_in is not None and what in NEEDS_MEMORY:
+            self.short_in -= 1
+            if self.short_in < 0:
+                self.short_in = None
+                self.shortages += 1
+                raise EngineError("out_of_memory", f"none is left for this {what}", "server")
         if what in self.deadly:
             raise WorkerDied(f"at {what}, as always")
         if self.die_in is not None and what != "ready":
@@ -450,13 +499,20 @@ class World:
 
     async def _start_engine(self, name: str) -> ToyEngine:
         assert name == NAME
+        if self.unstartable > 0:
+            self.unstartable -= 1
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         engine = ToyEngine(
             self.store,
             self._engine_point,
             self.pause,
             base_info(self.fingerprint),
             self.clock.monotonic,
+            self.known,
         )
+        if self.unloadable > 0 and self.runs.engines[NAME].info is not None:
+            self.unloadable -= 1
+            engine.cannot_load()
         if self.hangs > 0:
             self.hangs -= 1
             engine.hang()

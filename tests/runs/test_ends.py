@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from holdfast.catalog import CatalogUnavailable
 from holdfast.catalog.tables import operations, runs, sessions, snapshots
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import CreateFromState, Save
 from holdfast.runs.driver import Driver
 from holdfast.runs.errors import RunError
-from holdfast.runs.journal import Outcome
+from holdfast.runs.journal import Outcome, RunKey
 from holdfast.runs.publishing import Publisher
+from holdfast.runs.run import Run
 from holdfast.runs.service import RunRecord
 from holdfast.runs.sessions import Sessions
 from holdfast.store import LocalStore, Unavailable
@@ -574,3 +576,78 @@ def test_a_model_that_was_created_anew_stays_replaced(clients: Clients) -> None:
     with world.catalog._engine.connect() as connection:
         query = sa.select(runs.c.state).where(runs.c.id == first.rpartition(":")[0])
         assert list(connection.scalars(query.order_by(runs.c.generation))) == ["replaced", "live"]
+
+
+# --- Models that are created anew -----------------------------------------------------------
+
+
+def test_requests_to_a_model_that_was_created_anew_have_an_outcome(clients: Clients) -> None:
+    """Though the database does not take it at once: whoever asks meanwhile waits for it."""
+    (session,), world = clients.sessions, clients._world
+    world.kill_worker()
+    world.hangs = 1
+
+    async def create(seed: int) -> Run:
+        return await world.runs.create(
+            session,
+            77,
+            base_model=NAME,
+            lora={"rank": 1, "seed": seed},
+            optimizer="adamw",
+            user_metadata=None,
+            idempotency_key=None,
+        )
+
+    before = clients._do(lambda: create(1))
+    first = clients._do(lambda: before.submit(1, bodies.FORWARD_BACKWARD, batch(1)))
+    after = clients._do(lambda: create(2))
+    world.refuse_commits = 5
+    assert (after.key.id, after.key.generation) == (before.key.id, 1)
+    found = outcomes(clients, [before.key.request_id(0), first])
+    assert [x.failure.code for x in found if x and x.failure] == ["model_replaced"] * 2
+
+
+def test_requests_to_an_older_model_are_known_also_when_the_newer_one_has_ended_first(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (session,), world = clients.sessions, clients._world
+    world.kill_worker()
+    world.hangs = 1
+
+    async def create(seed: int) -> Run:
+        return await world.runs.create(
+            session,
+            77,
+            base_model=NAME,
+            lora={"rank": 1, "seed": seed},
+            optimizer="adamw",
+            user_metadata=None,
+            idempotency_key=None,
+        )
+
+    honest, older = journal.settle, clients._do(lambda: create(1))
+
+    def settle(
+        connection: sa.Connection, segments: Any, key: RunKey, *args: Any, **kw: Any
+    ) -> None:
+        if key == older.key:
+            raise CatalogUnavailable("there is no room for this one")
+        honest(connection, segments, key, *args, **kw)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(journal, "settle", settle)
+        newer = clients._do(lambda: create(2))
+        world.kill_worker()
+        clients._do(lambda: world.runs.unload(newer.key.id, OWNER))
+        assert outcomes(clients, [older.key.request_id(0)]) == [None]
+    (found,) = outcomes(clients, [older.key.request_id(0)])
+    assert found is not None and found.failure is not None
+    assert found.failure.code == "model_replaced"
+
+
+@pytest.mark.parametrize("generation", ["g²", "g", "g-1", "g7"])
+def test_a_request_of_no_generation_is_not_known(clients: Clients, generation: str) -> None:
+    request_id = f"{clients.all[0].id}:{generation}:0"
+    with pytest.raises(RunError) as refused:
+        clients._do(lambda: clients._world.runs.outcome(request_id, OWNER, 1.0))
+    assert refused.value.reason == "not_found"

@@ -159,6 +159,21 @@ def test_each_gap_has_a_lease_of_its_own() -> None:
     assert order.next(500.0) == Gap(3, 500.0 + GAP_LEASE)
 
 
+def test_numbers_that_are_missing_in_a_row_are_one_gap() -> None:
+    order = executed("create")
+    submit(order, 4)
+    now = 0.0
+    for missing in (1, 2, 3):
+        assert order.next(now) == Gap(missing, GAP_LEASE)
+        now = GAP_LEASE
+        order.add(Entry(missing, "missing", None, State.SKIPPED))
+        order.next(now)
+        order.passed(missing)
+    execute(order, 4)
+    submit(order, 6)
+    assert order.next(now) == Gap(5, now + GAP_LEASE)
+
+
 def test_a_recovery_begins_the_lease_again() -> None:
     order = executed("create", "optim_step")
     submit(order, 3)

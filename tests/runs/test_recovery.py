@@ -18,12 +18,13 @@ from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
 from holdfast.runs.driver import MOST_STALLED, Driver
 from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
 from holdfast.runs.errors import RunError, Unavailable
-from holdfast.runs.order import Entry, State
+from holdfast.runs.order import GAP_LEASE_ELIXIR, Entry, State
 from holdfast.runs.publishing import MOST_SNAPSHOT_DEATHS, Publisher
 from holdfast.runs.run import Run
 from holdfast.store import DiskFull, Manifest, NameKey
 
 from .model import Op
+from .sim import World
 from .test_service import OWNER, Clients, steps
 from .toy import NAME, ToyEngine, batch
 
@@ -762,4 +763,60 @@ def test_a_number_is_not_given_up_for_a_time_in_which_the_server_was_suspended(
     for seq in (1, 2):
         outcome, _ = clients._poll(run.ops[seq], 60.0)
         assert outcome is not None and outcome.failure is None
+    clients.close()
+
+
+def test_what_follows_many_missing_numbers_ends_after_one_wait(clients: Clients) -> None:
+    (run,) = clients.all
+    started = clients._now
+    clients._submit(run, FORWARD_BACKWARD, batch(1), seq=50)
+    outcome, _ = clients._poll(run.ops[50], 400.0)
+    assert outcome is not None and outcome.failure is None
+    assert clients._now - started < 370.0
+
+
+@pytest.mark.parametrize("seq", [1 << 20, (1 << 63) - 1])
+def test_a_number_that_nobody_can_have_reached_is_a_mistake(clients: Clients, seq: int) -> None:
+    """It would be waited for for years, refused or not."""
+    (run,) = clients.all
+    train(clients, 1)
+
+    async def submit() -> None:
+        live = await clients._world.runs.live(run.id, OWNER)
+        await live.submit(seq, FORWARD_BACKWARD, batch(1))
+
+    async def refuse() -> None:
+        live = await clients._world.runs.live(run.id, OWNER)
+        await live.refuse(seq, FORWARD_BACKWARD, journal.Failure("invalid_datum", "no good"))
+
+    with pytest.raises(RunError) as refused:
+        clients._do(submit)
+    assert refused.value.code == "number_too_high" and f"number {seq} " in str(refused.value)
+    clients._do(refuse)
+    clients.kill()
+    clients._submit(run, FORWARD_BACKWARD, batch(2))
+    clients._world.let(60.0)
+    clients._submit(run, OPTIM_STEP, steps())
+    check_all(clients)
+
+
+def test_a_number_is_not_given_up_while_the_disk_has_no_room_for_it() -> None:
+    """Its client sends it again and again meanwhile, for longer than a gap is waited for."""
+    clients = Clients()
+    clients.world = World(1, large=True)
+    clients.open_session("elixir")
+    clients.create(pick=0, rank=1)
+    clients.all_end()
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(2), seq=2)
+    clients._world.full_until = clients._now + 2 * GAP_LEASE_ELIXIR
+    clients.kill()  # what comes from now on needs a new file
+    clients._submit(run, FORWARD_BACKWARD, batch(1), seq=1)
+    assert clients._now >= clients._world.full_until
+    for seq in (1, 2):
+        outcome, _ = clients._poll(run.ops[seq], 60.0)
+        assert outcome is not None and outcome.failure is None
+    clients._submit(run, FORWARD_BACKWARD, batch(2), seq=4)
+    outcome, _ = clients._poll(run.ops[4], 2 * GAP_LEASE_ELIXIR)
+    assert outcome is not None and outcome.failure is None
     clients.close()

@@ -23,7 +23,6 @@ import structlog
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
@@ -34,7 +33,7 @@ from holdfast.catalog.tables import operations
 from holdfast.engine.interface import ADAPTER_WEIGHTS, OPTIMIZER_STATE, LoraConfig, RunConfig
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Body, CreateFromState, Load, OptimStep, Save, SaveSampler
-from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
+from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, HUNG_AFTER, LOADING_TAKES
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import REFUSAL_REACHES
@@ -46,9 +45,12 @@ from holdfast.store import NameKey
 from .model import KEPT_AFTER_READ, Done, ModelRun, Names, Op, agree
 from .sim import World
 from .toy import NAME, ToyState, batch, mixed
+from .trouble import Trouble
 
 EXAMPLES = int(os.environ.get("HOLDFAST_EXAMPLES", "25"))
 OWNER = "local"
+FOR_TWO = 1700
+"""Bytes that two of the toy's states take."""
 BRIEF = "brief"
 """How names begin that expire after an hour."""
 DEFECTS = ("driver failed", "publishing failed", "background work failed", "a defect")
@@ -61,14 +63,13 @@ def steps(rate: float = 0.5) -> OptimStep:
     return OptimStep(rate, 0.9, 0.95, 1e-12, 0.0, 0.0)
 
 
-class Clients(RuleBasedStateMachine):
+class Clients(Trouble):
     """What clients do, what happens to the server, and what must be true of the answers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.logs = structlog.testing.capture_logs()
         self.events = self.logs.__enter__()
-        self.world: World | None = None
         self.sessions: list[Session] = []
         self.all: list[ModelRun] = []
         self.names: Names = {}
@@ -80,10 +81,15 @@ class Clients(RuleBasedStateMachine):
         self.hours = 0
         self.ended_at: dict[str, float] = {}
 
-    @initialize(seed=numbers, client=st.sampled_from(["python", "elixir"]))
-    def begin(self, seed: int, client: str) -> None:
+    @initialize(
+        seed=numbers,
+        client=st.sampled_from(["python", "elixir"]),
+        memory=st.sampled_from([DEFAULT_ADAPTER_MEMORY, FOR_TWO, 1]),
+    )
+    def begin(self, seed: int, client: str, memory: int = DEFAULT_ADAPTER_MEMORY) -> None:
         # Sweeps would take most of the time, when hours pass.
-        self.world = World(seed, lifetimes=Lifetimes(between_sweeps=1000.0))
+        lifetimes = Lifetimes(between_sweeps=1000.0)
+        self.world = World(seed, lifetimes=lifetimes, adapter_memory=memory)
         self.open_session(client)
         self.create(0, 1)
 
@@ -158,8 +164,46 @@ class Clients(RuleBasedStateMachine):
             model.ending = "creation_failed"
             self._do_beside(model, beside, pick, _nothing)
 
+    @precondition(lambda self: self._failed())
+    @rule(pick=numbers)
+    def create_again(self, pick: int) -> None:
+        """Under the number of a creation that failed."""
+        failed = self._failed()
+        before = failed[pick % len(failed)]
+        session = next(s for s in self.sessions if before.id.startswith(s.id))
+        number = int(before.id.rpartition(":")[2])
+        self.count += 1
+        key = f"create {self.count}"
+        lora: dict[str, Any] = {"rank": 1, "seed": pick}
+
+        async def call() -> Run:
+            return await self._world.runs.create(
+                session,
+                number,
+                base_model=NAME,
+                lora=lora,
+                optimizer="adamw",
+                user_metadata=None,
+                idempotency_key=key,
+            )
+
+        run = self._do(call)
+        assert run.key == RunKey(before.id, before.generation + 1)
+        config = RunConfig(NAME, LoraConfig(rank=1, seed=pick))
+        self._add_run(run, session, bodies.Create.of(config))
+
+    def _failed(self) -> list[ModelRun]:
+        """Runs whose creation is known to have failed, and that were not created again."""
+        newest = {run.id: run for run in self.all}
+        open_ = tuple(session.id for session in self.sessions)
+        return [
+            run
+            for run in newest.values()
+            if run.id.startswith(open_) and run.ending == "creation_failed" and run.ops[0].seen
+        ]
+
     def _add_run(self, run: Run, session: Session, body: Body) -> ModelRun:
-        model = ModelRun(run.key.id, session.client, self.names)
+        model = ModelRun(run.key.id, session.client, self.names, run.key.generation)
         model.add(Op(0, body.kind, body, request_id=run.key.request_id(0)), self._now)
         self.all.append(model)
         return model
@@ -273,6 +317,24 @@ class Clients(RuleBasedStateMachine):
 
         found = self._do(ask)
         assert found.result == b"%d" % mixed("sample", weights, body), found
+
+    @precondition(lambda self: self.sessions and self._stable())
+    @rule(pick=numbers, which=numbers, count=st.integers(1, 10))
+    def sample_without_waiting(self, pick: int, which: int, count: int) -> None:
+        """Beside whatever comes."""
+        session = self.sessions[pick % len(self.sessions)]
+        stable = self._stable()
+        key = stable[which % len(stable)]
+        self.count += 1
+        number = self.count
+
+        async def ask() -> None:
+            samplers = self._world.runs.samplers
+            sampler = await samplers.create_from_path(session.id, OWNER, number, key, None)
+            for seq in range(1, count + 1):
+                samplers.submit(sampler, seq, b"prompt", b"prompt")
+
+        self._do(ask)
 
     # --- Disorder ----------------------------------------------------------------------------
 
@@ -428,9 +490,11 @@ class Clients(RuleBasedStateMachine):
     def pass_an_hour(self) -> None:
         """What expires or is garbage goes in sweeps that are an hour apart."""
         self.hours += 1  # each takes as long as many other steps
-        for _ in range(4):
+        self._world.short_in = None
+        for seconds in (30.0, *[1000.0] * 4):
             self._beat()
-            self._world.let(1000.0)
+            self._world.let(seconds)
+            self._note_shortages()
 
     @rule(commits=st.integers(1, 3))
     def refuse_commits(self, commits: int) -> None:
@@ -457,7 +521,7 @@ class Clients(RuleBasedStateMachine):
         self.all_end()
         self.deaths_since_quiet = 0
         self.hangs_loading = False
-        self._world.die_in = None
+        self._world.die_in = self._world.short_in = None
 
     def all_end(self) -> None:
         """Wait for every outcome, and check it."""
@@ -516,13 +580,15 @@ class Clients(RuleBasedStateMachine):
             self.close()
             return
         try:
-            self._world.kill_in = None
+            self.end_of_trouble()
             self.everything_ends()
             for run in self._open():
                 self._submit(run, bodies.SAVE_WEIGHTS, Save("at.the.end"))
             self.everything_ends()
             self._check_checkpoints()
             self._check_logs()
+            self._world.let(10.0)
+            assert self._world.runs.samplers._unfinished == 0
         finally:
             self.close()
 
@@ -545,7 +611,10 @@ class Clients(RuleBasedStateMachine):
             assert found == op.seen, f"{op} had another outcome before"
             return
         op.seen = found
-        if op.fate != "accepted":  # settled when it came, whatever is still open before it
+        if op.fate not in (
+            "accepted",
+            "short",
+        ):  # settled when it came, whatever is still open before it
             assert code == op.refusal, f"{op} has the outcome {found}"
             return
         if run.ending is not None and code == run.ending:
@@ -557,6 +626,21 @@ class Clients(RuleBasedStateMachine):
         if isinstance(expected, Done) and self.other_numerics:
             expected.fields.pop("same_numerics", None)
         assert agree(expected, found), f"{run.id} {op}\nfound {found}\nexpected {expected}"
+
+    def _note_shortages(self) -> None:
+        """Tell the model which operations failed for want of memory, before that is forgotten."""
+        if not self._world.shortages:
+            return
+        runs = {(run.id, run.generation): run for run in self.all}
+        found = sa.select(operations).where(operations.c.state == "failed")
+        with self._world.catalog._engine.connect() as connection:
+            rows = connection.execute(found).all()
+        for row in rows:
+            op = runs[row.run_id, row.generation].ops.get(row.seq)
+            if op is None or op.fate != "accepted" or row.error["code"] != "out_of_memory":
+                continue
+            if not (isinstance(op.body, bytes) and b"out_of_memory" in op.body):
+                op.fate = "short"
 
     def _check_checkpoints(self) -> None:
         store = self._world.store
@@ -577,15 +661,28 @@ class Clients(RuleBasedStateMachine):
             assert run.cut is None or position < run.cut
             run.interpret(position, self._now)
             self._check_state(key, run.history[position], optimizer=True)
+            self._check_that_it_is_the_last(run, position)
+
+    def _check_that_it_is_the_last(self, run: ModelRun, position: int) -> None:
+        """Nothing that was done is missing in a run's last state.
+
+        What was refused takes effect in its turn, which perhaps did not come any more. What was
+        asked about only when its outcome had expired was perhaps overtaken.
+        """
+        last = max(seq for seq in run.ops if run.cut is None or seq < run.cut)
+        run.interpret(last, self._now)
+        after = [run.ops[seq] for seq in range(position + 1, last + 1)]
+        if any(op.fate in ("refused", "late") or _expired(op.seen) for op in after):
+            return
+        states = [_without_wording(run.history[seq]) for seq in (position, last)]
+        assert states[0] == states[1], f"{run.id} was at {last}, and {position} was kept"
 
     def _never_told(self, run: ModelRun, key: NameKey) -> bool:
         """Whether a save of that name was asked about only when its outcome had expired."""
         return any(
             isinstance(op.body, (Save, SaveSampler))
             and op.body.name == key.name
-            and op.seen is not None
-            and op.seen.failure is not None
-            and op.seen.failure.code == "result_expired"
+            and _expired(op.seen)
             for op in run.ops.values()
         )
 
@@ -614,11 +711,6 @@ class Clients(RuleBasedStateMachine):
     # --- Helpers -----------------------------------------------------------------------------
 
     @property
-    def _world(self) -> World:
-        assert self.world is not None
-        return self.world
-
-    @property
     def _now(self) -> float:
         return self._world.clock.now
 
@@ -645,6 +737,7 @@ class Clients(RuleBasedStateMachine):
             found: tuple[Outcome | None, str | None] = self._do(
                 lambda: self._world.runs.outcome(op.request_id, OWNER, timeout)
             )
+            self._note_shortages()
         except RunError as error:
             # Of a run that has ended, numbers are forgotten.
             if error.code != "request_not_found" or self._kept_since(op) is None:
@@ -696,7 +789,7 @@ class Clients(RuleBasedStateMachine):
         return any(self._foreign_readers(k) for k in self.names if k.run == run.id)
 
     def _request_id(self, run: ModelRun, seq: int) -> str:
-        return f"{run.id}:{seq}"
+        return RunKey(run.id, run.generation).request_id(seq)
 
     def _send(self, run: ModelRun, op: Op) -> str:
         body = op.body if isinstance(op.body, bytes) else op.body.encode()
@@ -763,7 +856,9 @@ class Clients(RuleBasedStateMachine):
         with self._world.catalog._engine.connect() as connection:
             return connection.execute(
                 sa.select(operations.c.mark_at).where(
-                    (operations.c.run_id == run.id) & (operations.c.seq == seq)
+                    (operations.c.run_id == run.id)
+                    & (operations.c.generation == run.generation)
+                    & (operations.c.seq == seq)
                 )
             ).one_or_none()
 
@@ -787,6 +882,10 @@ class Clients(RuleBasedStateMachine):
 
 async def _nothing() -> None:
     """The run ends by itself."""
+
+
+def _expired(seen: Outcome | None) -> bool:
+    return seen is not None and seen.failure is not None and seen.failure.code == "result_expired"
 
 
 def _without_wording(state: ToyState) -> tuple[Any, ...]:

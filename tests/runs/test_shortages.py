@@ -15,12 +15,16 @@ from holdfast.catalog.tables import snapshots
 from holdfast.engine.interface import ADAPTER_WEIGHTS, EngineError
 from holdfast.runs import bodies
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
-from holdfast.runs.driver import MOST_STALLED
+from holdfast.runs.driver import LAST_STATE_WAITED_FOR, MOST_STALLED
 from holdfast.runs.engines import Engines
+from holdfast.runs.errors import Unavailable
+from holdfast.runs.journal import Failure
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import UNREADABLE_FOR
+from holdfast.runs.samplers import Sampler
 from holdfast.store import Blob, CorruptManifest, DiskFull, IOFailed, NameKey
 
+from .sim import World
 from .test_service import OWNER, Clients, steps
 from .toy import NAME, ToyEngine, batch
 
@@ -118,6 +122,153 @@ def test_a_base_model_that_is_not_loaded_at_once_delays_what_waits_for_its_turn(
     clients.kill_the_worker()
     check_all(clients)
     assert left == [0]
+
+
+@pytest.mark.parametrize("what", ["create", "create_from_state"])
+def test_a_base_model_that_is_not_loaded_at_once_delays_a_creation(
+    clients: Clients, what: str
+) -> None:
+    save(clients, "a")
+    clients.all_end()
+    left = next_starts(clients, 1, cannot_load)
+    clients.kill_the_worker()
+    clients._world.let(0.1)
+    if what == "create":
+        clients.create(pick=0, rank=1)
+    else:
+        clients.create_from_state(pick=0, optimizer=True, exists=True, beside=0)
+    check_all(clients)
+    assert left == [0]
+
+
+def test_a_creation_does_not_wait_for_ever_for_a_base_model(clients: Clients) -> None:
+    clients._world.unloadable = 1 << 20
+    clients.kill_the_worker()
+    clients._world.let(0.1)
+    clients.create(pick=0, rank=1)
+    run = clients.all[-1]
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    found = []
+    for seq in (0, 1):
+        outcome, _ = clients._poll(run.ops[seq], MOST_STALLED + 60.0)
+        assert outcome is not None and outcome.failure is not None
+        found.append(outcome.failure)
+    assert [failure.code for failure in found] == ["model_not_loadable", "creation_failed"]
+    assert found[0].message in found[1].message
+    clients._world.let(60.0)
+    assert run.id not in clients._world.runs._live
+
+
+def sampler_of(clients: Clients) -> Sampler:
+    """Of a new checkpoint "a"."""
+    save(clients, "a")
+    clients.all_end()
+    (session,), (run, *_) = clients.sessions, clients.all
+    key = NameKey(run.id, "weights", "a")
+    create = clients._world.runs.samplers.create_from_path
+    sampler: Sampler = clients._do(lambda: create(session.id, OWNER, 9, key, None))
+    return sampler
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_base_model_that_is_not_loaded_at_once_delays_a_sample(
+    clients: Clients, again: bool
+) -> None:
+    sampler, world = sampler_of(clients), clients._world
+    world.unloadable = 1 if again else 1 << 20
+    clients.kill_the_worker()
+    world.let(0.1)
+
+    async def sample() -> Failure | None:
+        world.runs.samplers.submit(sampler, 1, b"x", b"x")
+        outcome = await world.runs.samplers.outcome(sampler.id, 1, 720.0)
+        assert outcome is not None
+        return outcome.failure
+
+    began, failure = world.clock.now, clients._do(sample)
+    if again:
+        assert failure is None and world.unloadable == 0
+    else:
+        assert failure is not None and failure.code == "model_not_loadable"
+        assert world.clock.now - began > 500.0
+
+
+def test_a_sampler_is_to_be_created_again_when_the_base_model_is_loaded(clients: Clients) -> None:
+    sampler, world = sampler_of(clients), clients._world
+    next_starts(clients, 1, cannot_load)
+    clients.kill_the_worker()
+    world.let(0.1)
+    create, key = world.runs.samplers.create_from_path, NameKey(clients.all[0].id, "weights", "a")
+
+    async def once() -> str:
+        try:
+            return (await create(sampler.session_id, OWNER, 10, key, None)).id
+        except Unavailable as error:
+            return error.code
+
+    assert clients._do(once) == "base_model_loading"
+    world.let(30.0)
+    assert clients._do(once) == f"{sampler.session_id}:sample:10"
+
+
+def test_a_base_model_that_was_never_loaded_fails_a_creation_at_once() -> None:
+    clients = Clients()
+    clients.world = World(1)
+    clients.open_session("python")
+    next_starts(clients, 1, cannot_load)
+    clients.create(pick=0, rank=1)
+    outcome, _ = clients._poll(clients.all[0].ops[0], 10.0)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == "model_not_loadable"
+    clients.close()
+
+
+def last_states(clients: Clients) -> list[str]:
+    return [key.name for key, _ in clients._world.store.names() if key.name.startswith("auto.")]
+
+
+@pytest.mark.parametrize("what", ["the base model", "memory"])
+def test_the_last_state_of_a_run_waits_for_a_worker(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    train(clients, 1)
+    clients.all_end()
+    clients._world.let(15.0)  # idle: a snapshot
+    train(clients, 2)
+    clients.all_end()
+    if what == "memory":
+        clients._world.short_in = 0
+    else:
+        next_starts(clients, 1, cannot_load)
+    clients.kill_the_worker()
+    clients._world.let(0.1)
+    session = clients.sessions.pop()
+    clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
+    clients._world.let(60.0)
+    assert last_states(clients) == ["auto.4"]
+    clients._check_checkpoints()
+
+
+def test_the_last_state_of_a_run_is_its_snapshot_when_no_worker_is_to_be_had(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before it was waited for, and then without waiting on."""
+    monkeypatch.setattr(Publisher, "due", False)
+    train(clients, 1)
+    clients.all_end()
+    clients._world.let(15.0)  # idle: a snapshot
+    train(clients, 2)
+    clients.all_end()
+    clients._world.unloadable = 1 << 20
+    clients.kill_the_worker()
+    clients._world.let(0.1)
+    session = clients.sessions.pop()
+    clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
+    clients._world.let(LAST_STATE_WAITED_FOR - 20.0)
+    assert last_states(clients) == []
+    clients._world.let(60.0)
+    assert last_states(clients) == ["auto.2"]
 
 
 def serve(clients: Clients, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

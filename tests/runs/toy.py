@@ -30,7 +30,8 @@ from holdfast.engine.interface import (
     WorkerDied,
 )
 from holdfast.engine.worker import store_error
-from holdfast.store import Blob, Store, StoreError
+from holdfast.store import Blob, Store, StoreError, Unavailable
+from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -192,7 +193,10 @@ class ToyEngine:
         pause: Callable[[str], float],
         info: BaseModelInfo,
         clock: Callable[[], float],
+        known: set[str] | None = None,
     ) -> None:
+        self.known = set() if known is None else known
+        """Runs whose state this or another worker has had."""
         self.states: dict[str, ToyState] = {}
         self.dead = False
         self.executed: list[tuple[str, str, int]] = []
@@ -203,6 +207,7 @@ class ToyEngine:
         self.executing = asyncio.Lock()
         self.clock = clock
         self._hangs = False
+        self._loads = True
         self._store = store
         self._point = point
         self._pause = pause
@@ -212,6 +217,10 @@ class ToyEngine:
     def hang(self) -> None:
         """Answer nothing any more, until it is killed."""
         self._hangs = True
+
+    def cannot_load(self) -> None:
+        """Fail to load its base model."""
+        self._loads = False
 
     async def wait_died(self) -> int:
         await self._ended.wait()
@@ -228,12 +237,15 @@ class ToyEngine:
     @_in_turn
     async def ready(self) -> BaseModelInfo:
         await self._reach("ready")
+        if not self._loads:
+            raise EngineError("model_not_loadable", "no memory is left for it", "server")
         return self._info
 
     @_in_turn
     async def create(self, run: str, config: RunConfig) -> StateInfo:
         await self._reach("create")
         self.states[run] = initial(config)
+        self.known.add(run)
         self._die_perhaps("created")
         return self.states[run].info
 
@@ -241,7 +253,7 @@ class ToyEngine:
     async def restore(
         self, run: str, config: RunConfig, files: Mapping[str, Blob], *, optimizer: bool
     ) -> StateInfo:
-        await self._reach("restore")
+        await self._reach("restore" if run in self.known else "restore anew")
         rest = None
         try:
             weights = self._store.read_blob(files[ADAPTER_WEIGHTS], what=f"weights of {run}")
@@ -250,6 +262,7 @@ class ToyEngine:
         except StoreError as error:
             raise store_error(error) from error
         self.states[run] = replace(ToyState.decode(weights, rest), config=config)
+        self.known.add(run)
         self._die_perhaps("restored")
         return self.states[run].info
 
@@ -268,8 +281,11 @@ class ToyEngine:
 
     @_in_turn
     async def optim_step(self, run: str, params: AdamParams) -> dict[str, float]:
-        await self._reach("optim_step")
-        self.states[run], result = optim_step(self._state(run), params)
+        short = await self._reach_or_be_short("optim_step")
+        before = self._state(run)
+        self.states[run], result = optim_step(before, params)
+        if short is not None and not isinstance(result, EngineError) and not result["skipped"]:
+            self.states[run], result = before.cleared(), short
         self._die_perhaps("optim_stepped")
         if isinstance(result, EngineError):
             raise result
@@ -299,12 +315,19 @@ class ToyEngine:
         finally:
             self.in_flight -= 1
         weights, rest = state.encode()
-        try:
-            files = {ADAPTER_WEIGHTS: self._store.put_blob([weights])}
-            if optimizer:
-                files[OPTIMIZER_STATE] = self._store.put_blob([rest])
-        except StoreError as error:
-            raise EngineError(error.code, str(error), "server") from error
+        again = pauses(within=STORAGE_WAITED_FOR)
+        while True:
+            try:
+                files = {ADAPTER_WEIGHTS: self._store.put_blob([weights])}
+                if optimizer:
+                    files[OPTIMIZER_STATE] = self._store.put_blob([rest])
+                break
+            except StoreError as error:
+                pause = next(again, None) if isinstance(error, Unavailable) else None
+                if pause is None:
+                    raise store_error(error) from error
+            await asyncio.sleep(pause)
+            self._die_perhaps("write again")
         self._die_perhaps("written")
         return Captured(state.info, files)
 
@@ -316,11 +339,16 @@ class ToyEngine:
         seq: int,
         body: bytes,
     ) -> bytes:
-        await self._reach(kind)
+        short = await self._reach_or_be_short(kind)
         if json.loads(body)["kills"]:
             self.kill()
             raise WorkerDied("the batch was told to kill")
-        self.states[run], result = function(self._state(run), seq, body)
+        before = self._state(run)
+        self.states[run], result = function(before, seq, body)
+        if short is not None and not isinstance(result, EngineError):
+            marked = before.marked(seq, f"forward_backward {seq} failed: {short.message}")
+            result = short
+            self.states[run] = marked if kind == "forward_backward" else before
         self._die_perhaps(f"after {kind}")
         if isinstance(result, EngineError):
             raise result
@@ -338,6 +366,14 @@ class ToyEngine:
         if self._hangs:
             await self._ended.wait()
         self._die_perhaps(what)
+
+    async def _reach_or_be_short(self, what: str) -> EngineError | None:
+        """As `_reach`; the error with which it fails that finds nothing else wrong."""
+        try:
+            await self._reach(what)
+        except EngineError as short:
+            return short
+        return None
 
     def _die_perhaps(self, what: str) -> None:
         if self.dead:

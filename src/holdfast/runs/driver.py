@@ -12,7 +12,7 @@ from holdfast import failpoints
 from holdfast.engine.interface import Engine, EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load, OptimStep
-from holdfast.runs.engines import StateGone
+from holdfast.runs.engines import NotLoaded, StateGone
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.order import Entry, Gap, State
@@ -24,6 +24,7 @@ from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
 from holdfast.runs.segments import JournalDamaged
 from holdfast.store import Manifest
+from holdfast.store.retries import pauses
 
 IDLE_BEFORE_SNAPSHOT = 10.0
 """Seconds without an operation after which what was done since the last snapshot is kept."""
@@ -34,6 +35,8 @@ Standing = Literal["live", "idle", "evicted", "recovering"]
 
 MOST_STALLED = 600.0
 """Seconds for which operations wait for a recovery that cannot go on, until they fail."""
+LAST_STATE_WAITED_FOR = 120.0
+"""Seconds for which a run that has ended tries to bring its state back, to keep it."""
 _GAP_WATCHED_EVERY = 1.0
 _BASE_MODEL_PAUSE = 5.0
 _JOURNAL_PAUSE = 1.0
@@ -131,17 +134,26 @@ class Driver:
 
         False when a worker could not be given the state: its snapshots are what there is.
         """
-        order = self._run.order
+        run, order = self._run, self._run.order
         if order.reached < 1:
             return True
-        for _ in range(_MOST_ATTEMPTS):
+        again, attempts = pauses(_BASE_MODEL_PAUSE, within=LAST_STATE_WAITED_FOR), 0
+        while attempts < _MOST_ATTEMPTS:
             try:
                 if await self._catch_up():
                     if self._publisher.changed_at >= 1:
                         await self._publisher.keep_as(f"auto.{order.position}", expires)
                     return True
+                attempts += 1
             except WorkerDied:
                 self._placement.lost()
+                attempts += 1
+            except EngineError as error:
+                pause = next(again, None)
+                if pause is None:
+                    raise
+                run.log.warning("no worker gives the last state yet", error=error.message)
+                await asyncio.sleep(pause)
         return False
 
     async def _catch_up(self) -> bool:
@@ -247,7 +259,7 @@ class Driver:
             await self._stalled(error)
 
     async def _stalled(self, error: EngineError) -> None:
-        """A recovery cannot go on for now. What is pending is told so after a while.
+        """A recovery, or a creation, cannot go on for now. What is pending is told after a while.
 
         From then on it is tried again when there is a new request.
         """
@@ -257,8 +269,13 @@ class Driver:
         if self._stalled_since is None:
             self._stalled_since = now
         if now - self._stalled_since > MOST_STALLED:
+            failure = Failure(error.code, error.message, error.category)
+            if run.order.reached < 0:  # it was its creation that waited
+                run.settle(0, Outcome(run.order[0].kind, failure=failure))
+                run.creation_failed(failure)
+                return
             await self._publisher.settle_published()
-            run.fail_pending(Failure(error.code, error.message, error.category))
+            run.fail_pending(failure)
         if not run.closing:
             await asyncio.sleep(_BASE_MODEL_PAUSE)
         if not run.order.unsettled:
@@ -280,7 +297,8 @@ class Driver:
                 if run.ended is None:
                     self._passed(entry)
             else:
-                self._stalled_since = None
+                if not creating:  # that may be what waits
+                    self._stalled_since = None
                 await self._execute(entry)
             if run.ended is None:
                 await self._recovery.passed(replayed=replayed)
@@ -292,7 +310,7 @@ class Driver:
                 order.again(entry.seq)
         except WorkerDied:
             await self._worker_died(entry)
-        except EngineError as error:  # of the recovery: the operation was not executed
+        except EngineError as error:  # there is no worker, or no state: it was not executed
             if entry.state is State.RUNNING:
                 order.again(entry.seq)
             await self._stalled(error)
@@ -323,6 +341,8 @@ class Driver:
                     failpoints.reach("operation.computed")
                     self._passed(entry)
                     run.settle(entry.seq, Outcome(entry.kind, result=result))
+        except NotLoaded:
+            raise
         except (EngineError, RunError) as error:
             self._fail(entry, Failure(error.code, error.message, error.category))
             return

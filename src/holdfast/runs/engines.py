@@ -39,6 +39,17 @@ class StateGone(WorkerDied):
     """The worker that held a state ended before it was asked for it: nothing was executed."""
 
 
+class NotLoaded(EngineError):
+    """A base model that had been loaded before cannot be loaded now: it may be, a while later.
+
+    `since` is when that began, in seconds of the monotonic clock.
+    """
+
+    def __init__(self, error: EngineError, since: float) -> None:
+        super().__init__(error.code, error.message, error.category)
+        self.since = since
+
+
 class Host:
     """The worker of one base model, through all its lives."""
 
@@ -58,6 +69,7 @@ class Host:
         self._watch: asyncio.Task[None] | None = None
         self._info: BaseModelInfo | None = None
         self._failures = 0
+        self._failing_since = 0.0
         self._failed: EngineError | None = None
         self._not_before = 0.0
         self._starting: asyncio.Task[None] | None = None
@@ -78,8 +90,9 @@ class Host:
     async def engine(self) -> tuple[Engine, BaseModelInfo, int]:
         """The running worker, its base model and its life, starting one if there is none.
 
-        Raises EngineError when the base model cannot be loaded. That stays the answer for a
-        pause that grows with each failure. Raises Unavailable once it was closed.
+        Raises EngineError when the base model cannot be loaded, NotLoaded where it could be before.
+        That stays the answer for a pause that grows with each failure. Raises Unavailable once it
+        was closed.
         """
         while self._engine is None:
             if self._closed:
@@ -92,9 +105,17 @@ class Host:
             # Whoever goes away while it starts leaves it to the others.
             await asyncio.wait([starting])
             if not starting.cancelled():
-                starting.result()
+                self._check(starting)
         assert self._info is not None
         return self._engine, self._info, self.life
+
+    def _check(self, started: asyncio.Task[None]) -> None:
+        try:
+            started.result()
+        except EngineError as error:
+            if self._info is None:
+                raise
+            raise NotLoaded(error, self._failing_since) from error
 
     async def _start_one(self) -> None:
         if self._failed is not None and time.monotonic() < self._not_before:
@@ -105,6 +126,8 @@ class Host:
                 engine, self._info = await self._new()
             except (EngineError, WorkerDied) as error:
                 pause = _RESTART_PAUSE[min(self._failures, len(_RESTART_PAUSE) - 1)]
+                if not self._failures:
+                    self._failing_since = time.monotonic()
                 self._failures += 1
                 self._not_before = time.monotonic() + pause
                 _log.error("base model not loaded", model=self.name, error=str(error))

@@ -20,6 +20,8 @@ GAP_LEASE_ELIXIR_FORWARD = 120.0
 """... but between the forward and the reserved backward of a custom loss, later ones overtake."""
 GAP_LEASE_AFTER_REFUSAL = 5.0
 """Once a definite refusal was given, the missing number is most likely the refused one ..."""
+MOST_AHEAD = 10_000
+"""A number so far above the highest there is was not given out by a client that counts."""
 REFUSAL_REACHES = 32
 """... or one that its client gave up with it: so far above the highest number there is. Numbers
 beyond were given out later, and are missing for another reason."""
@@ -140,6 +142,10 @@ class Order:
         """Accepted and running entries, in order."""
         return [self._entries[seq] for seq in sorted(self._unsettled)]
 
+    def is_too_far(self, seq: int) -> bool:
+        """Whether a number is so high that it must be a mistake."""
+        return seq > self._highest + MOST_AHEAD
+
     def any_unsettled_below(self, seq: int) -> bool:
         """Whether one of the numbers below `seq` has no outcome yet."""
         return min(self._unsettled, default=seq) < seq
@@ -232,7 +238,8 @@ class Order:
         if self.held:
             return None
         if entry is not None:
-            self._gap = None
+            if entry.state is not State.SKIPPED:
+                self._gap = None
             return None if entry.state is State.RUNNING else entry
         if self._highest <= seq:
             return None
@@ -241,11 +248,13 @@ class Order:
         ):
             return None
         if self._gap is None or self._gap[0] != seq:
-            self._gap = (seq, now)
+            # Numbers that are missing in a row are one gap: the rest of it was waited for as long.
+            goes_on = self._gap is not None and self._gap[0] == seq - 1
+            self._gap = (seq, self._gap[1] if self._gap is not None and goes_on else now)
         return Gap(seq, self._gap[1] + self._lease())
 
     def wait_anew(self) -> None:
-        """The wait for a gap starts again: the server was not there to be sent anything."""
+        """The wait for a gap starts again: the server was not there, or took nothing."""
         self._gap = None
 
     def begin(self, seq: int) -> None:

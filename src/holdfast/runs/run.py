@@ -22,7 +22,7 @@ from holdfast.runs.clock import ServingClock
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
-from holdfast.runs.order import Accept, Entry, Order, State
+from holdfast.runs.order import Accept, Entry, Gap, Order, State
 from holdfast.runs.segments import Segments
 from holdfast.runs.stopping import Stopping
 from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
@@ -164,6 +164,12 @@ class Run:
                 except CatalogUnavailable as error:
                     raise Unavailable("journal_unavailable", str(error)) from error
                 raise RunError(self.ended.code, self.ended.message)
+            if self.order.is_too_far(seq):
+                raise RunError(
+                    "number_too_high",
+                    f"number {seq} is far above {self.order.highest}, the highest one of run "
+                    f"{self.key} so far; requests are numbered one after the other",
+                )
             match self.order.classify(seq, kind, body_hash):
                 case Accept.NEW:
                     await self._accept(Entry(seq, kind, body_hash), body, first)
@@ -190,13 +196,16 @@ class Run:
     async def refuse(self, seq: int, kind: str, failure: Failure) -> None:
         """Settle a number whose request is refused for good, before the refusal is answered.
 
-        An operation that was accepted under that number stays as it is.
+        An operation that was accepted under that number stays as it is. Nobody waits for one that
+        is far too high.
         """
         await asyncio.shield(self._refuse(seq, kind, failure))
 
     async def _refuse(self, seq: int, kind: str, failure: Failure) -> None:
         async with self._submitting:
             self.services.stopping.check()
+            if self.order.is_too_far(seq):
+                return
             refused_to = self.order.refused(seq)
 
             def note(connection: Connection) -> None:
@@ -284,6 +293,8 @@ class Run:
         try:
             await self.services.catalog.write(work)
         except CatalogUnavailable as error:
+            if entry.seq < self.order.highest and entry.seq not in self.order:
+                self.order.wait_anew()  # it is missing because it was not taken: it comes again
             raise Unavailable("journal_unavailable", str(error)) from error
         if note:
             self._request_noted = wall
@@ -469,8 +480,12 @@ class Run:
         Raises Unavailable when the journal does not take that now.
         """
         async with self._submitting:
-            if seq in self.order:  # it came at the last moment
-                return
+            now = time.monotonic()
+            match self.order.next(now):
+                case Gap(missing, due) if missing == seq and due <= now:
+                    pass
+                case _:  # it came at the last moment, or would have if it could have been taken
+                    return
             entry = Entry(seq, MISSING, None, State.SKIPPED)
             await self._journal(entry)
             self.log.warning("number skipped: it never came", seq=seq)

@@ -20,7 +20,7 @@ from holdfast.catalog.tables import samplers
 from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, WorkerDied
 from holdfast.runs import journal
 from holdfast.runs.checkpoints import Checkpoints
-from holdfast.runs.engines import Engines
+from holdfast.runs.engines import Engines, NotLoaded
 from holdfast.runs.errors import RunError, Unavailable, not_found
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.stopping import Stopping
@@ -33,6 +33,9 @@ MOST_KEPT = 256 << 20
 KEPT_AFTER_READ = 600.0
 """Seconds for which an answer can be read again."""
 _ATTEMPTS = 3
+_BASE_MODEL_WAITED_FOR = 600.0
+"""Seconds for which a request waits for a base model that cannot be loaded again."""
+_BASE_MODEL_PAUSE = 5.0
 _LOADING_WAITED_FOR = 30.0
 """Seconds: clients give up a request after a minute."""
 
@@ -136,7 +139,7 @@ class Samplers:
         try:
             async with asyncio.timeout(_LOADING_WAITED_FOR):
                 _, info, _ = await host.engine()
-        except TimeoutError:
+        except (TimeoutError, NotLoaded):
             raise Unavailable(
                 "base_model_loading", f"base model {host.name!r} is being loaded; try again"
             ) from None
@@ -295,12 +298,19 @@ class Samplers:
         if sampler.manifest is not None:
             files = (await self._checkpoints.manifest(sampler.manifest)).files
         host = self._engines[sampler.base_model]
+        deaths = 0
         async with self._turns.setdefault(sampler.id, asyncio.Lock()):
-            for _ in range(_ATTEMPTS):
+            while deaths < _ATTEMPTS:
                 # The worker that is there when its turn comes: a death before is none of its.
-                with suppress(WorkerDied):
+                try:
                     async with host.computing() as (engine, _):
                         return await engine.sample(files, body)
+                except WorkerDied:
+                    deaths += 1
+                except NotLoaded as error:
+                    if time.monotonic() - error.since > _BASE_MODEL_WAITED_FOR:
+                        raise
+                    await asyncio.sleep(_BASE_MODEL_PAUSE)
         raise RunError(
             "operation_kills_worker",
             f"the worker died {_ATTEMPTS} times while it executed this sampling request",

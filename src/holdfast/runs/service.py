@@ -167,8 +167,8 @@ class Runs:
 
         Nothing new is taken from now on. Who polls is answered still: with outcomes as they come,
         and at the end without one. All of it takes at most `within` seconds. Operations under way
-        may finish in the first half; then each run's state is kept, unless its operation was left:
-        that is replayed.
+        may finish in the first four tenths; then each run's state is kept, unless its operation was
+        left: that is replayed.
         """
         self.stopping.begun.set()
         try:
@@ -467,14 +467,13 @@ class Runs:
             await self.samplers.get(stem, owner)
             self.sessions.seen(sampler)
             return await self.samplers.outcome(stem, seq, timeout), None
-        model_id, generation = _split_generation(stem)
-        live = self._live.get(model_id)
-        if live is not None and live.run.key.generation == generation:
-            if live.run.info.owner != owner:
+        key = _key(stem)
+        run = self._run_of(key)
+        if run is not None:
+            if run.info.owner != owner:
                 raise not_found("request", request_id)
-            self.sessions.seen(live.run.info.session_id)
-            return await live.run.outcome(seq, timeout), self._note(live.run)
-        key = RunKey(model_id, generation)
+            self.sessions.seen(run.info.session_id)
+            return await run.outcome(seq, timeout), self._note(run)
         if not await self._records(_is(key) & (runs.c.owner == owner)):
             raise not_found("request", request_id)
         outcome = await self.catalog.read(
@@ -483,6 +482,13 @@ class Runs:
         if outcome is None:
             raise not_found("request", request_id)
         return outcome, None
+
+    def _run_of(self, key: RunKey) -> Run | None:
+        """A run that has not ended, also one whose model was created anew since."""
+        live = self._live.get(key.id)
+        if live is None or live.run.key != key:
+            live = next((x for x in self._executed if x.run.key == key), None)
+        return None if live is None else live.run
 
     def _note(self, run: Run) -> str | None:
         """What a run is busy with, or waits for."""
@@ -519,10 +525,9 @@ class Runs:
         if ":sample:" in stem:
             self.samplers.delivered(stem, seq)
             return
-        model_id, generation = _split_generation(stem)
-        live = self._live.get(model_id)
-        if live is not None and live.run.key.generation == generation:
-            live.run.delivered(seq)
+        run = self._run_of(_key(stem))
+        if run is not None:
+            run.delivered(seq)
 
     # --- Sessions ----------------------------------------------------------------------------
 
@@ -801,8 +806,9 @@ def _split(request_id: str) -> tuple[str, int]:
     return stem, int(seq)
 
 
-def _split_generation(stem: str) -> tuple[str, int]:
+def _key(stem: str) -> RunKey:
+    """The run that a request id begins with."""
     model_id, _, generation = stem.rpartition(":g")
-    if model_id and generation.isdigit():
-        return model_id, int(generation)
-    return stem, 0
+    if model_id and generation.isascii() and generation.isdigit():
+        return RunKey(model_id, int(generation))
+    return RunKey(stem)
