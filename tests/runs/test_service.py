@@ -641,6 +641,8 @@ class Clients(Trouble):
                 continue
             if not (isinstance(op.body, bytes) and b"out_of_memory" in op.body):
                 op.fate = "short"
+        short = [op for run in self.all for op in run.ops.values() if op.fate == "short"]
+        assert len(short) <= self._world.shortages, f"there was memory for one of {short}"
 
     def _check_checkpoints(self) -> None:
         store = self._world.store

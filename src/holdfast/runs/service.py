@@ -139,7 +139,7 @@ class Runs:
         )
         self._live: dict[str, _Live] = {}
         """The newest generation of each model that has not ended."""
-        self._executed: set[_Live] = set()
+        self._executed: dict[RunKey, _Live] = {}
         """All that have not ended."""
         self._creating = self.checkpoints.creating
         self.copies = Copies(catalog, self.checkpoints, self.sessions, self.stopping)
@@ -191,17 +191,19 @@ class Runs:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(live.run.stop(share(0.4)) for live in self._executed))
-        finishing = [live.finishing for live in self._executed if live.finishing is not None]
+        await asyncio.gather(*(live.run.stop(share(0.4)) for live in self._executed.values()))
+        finishing = [
+            live.finishing for live in self._executed.values() if live.finishing is not None
+        ]
         if finishing:  # the next start ends what is not ended by then
             _, late = await asyncio.wait(finishing, timeout=share(0.4))
             for unfinished in late:
                 unfinished.cancel()
             await asyncio.gather(*finishing, return_exceptions=True)
-        await bounded(0.5, *(live.driver.park() for live in self._executed))
-        await bounded(0.5, *(live.run.note_read() for live in self._executed))
+        await bounded(0.5, *(live.driver.park() for live in self._executed.values()))
+        await bounded(0.5, *(live.run.note_read() for live in self._executed.values()))
         await bounded(0.5, self.samplers.close())
-        for live in self._executed:
+        for live in self._executed.values():
             live.driver.abandon()
         await bounded(0.9, self.engines.close())
         self.engines.kill()
@@ -334,7 +336,7 @@ class Runs:
         driver = Driver(run, self.samplers)
         live = _Live(run, driver)
         self._live[run.key.id] = live
-        self._executed.add(live)
+        self._executed[run.key] = live
 
         async def drive() -> None:
             try:
@@ -485,9 +487,7 @@ class Runs:
 
     def _run_of(self, key: RunKey) -> Run | None:
         """A run that has not ended, also one whose model was created anew since."""
-        live = self._live.get(key.id)
-        if live is None or live.run.key != key:
-            live = next((x for x in self._executed if x.run.key == key), None)
+        live = self._executed.get(key)
         return None if live is None else live.run
 
     def _note(self, run: Run) -> str | None:
@@ -586,7 +586,7 @@ class Runs:
             connection.execute(runs.update().where(_is(run.key)).values(values))
 
         await run.write_patiently(end)
-        self._executed.discard(live)
+        self._executed.pop(run.key, None)
         if self._live.get(run.key.id) is live:
             del self._live[run.key.id]
         if state == "lost":  # whoever can repair it needs its snapshots
