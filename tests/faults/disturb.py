@@ -25,6 +25,8 @@ from tests.faults.surroundings import (
 MOST_DEATHS = 2
 """Of the worker, between two steps of any one tenant: an operation that kills its worker by itself
 does it three times."""
+MOST_DISTURBANCES = 3
+"""Likewise: an operation that is under way at six ends of the server is taken for their cause."""
 LONGEST_OUTAGE = 10.0
 """Seconds of disturbances in a row, likewise: the Elixir client tries a request for one minute."""
 LATEST = 3.0
@@ -40,12 +42,17 @@ class _Since:
 
     deaths: int = 0
     """Of the worker."""
+    disturbances: int = 0
     outage: float = 0.0
-    """Seconds."""
+    """Seconds of them."""
 
     @property
     def bearable(self) -> bool:
-        return self.deaths < MOST_DEATHS and self.outage < LONGEST_OUTAGE
+        return (
+            self.deaths < MOST_DEATHS
+            and self.disturbances < MOST_DISTURBANCES
+            and self.outage < LONGEST_OUTAGE
+        )
 
 
 class Disturber:
@@ -142,6 +149,7 @@ class Disturber:
             began = time.monotonic()
             self._disturb(disturbance)
             for since in list(self._since.values()):
+                since.disturbances += 1
                 since.outage += time.monotonic() - began
 
     def _wait_for_progress(self) -> bool:

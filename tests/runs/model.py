@@ -187,10 +187,14 @@ class ModelRun:
                 key = NameKey(self.id, "sampler_weights", name)
                 return self._save(op, key, optimizer=False, overwrite=False)
         assert isinstance(op.body, bytes) and self.state is not None
-        if json.loads(op.body)["kills"]:
-            if op.kind == bodies.FORWARD_BACKWARD:
-                self._mark(op.seq)
-            return Failed("operation_kills_worker")
+        for deadly, code in (
+            ("kills", "operation_kills_worker"),
+            ("ends", "operation_kills_server"),
+        ):
+            if json.loads(op.body)[deadly]:
+                if op.kind == bodies.FORWARD_BACKWARD:
+                    self._mark(op.seq)
+                return Failed(code)
         function = toy.forward if op.kind == bodies.FORWARD else toy.forward_backward
         self.state, result = function(self.state, op.seq, op.body)
         return Failed(result.code) if isinstance(result, EngineError) else Done(result)

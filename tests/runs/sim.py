@@ -54,7 +54,7 @@ from holdfast.store import LocalStore, retries
 from holdfast.store.files import LocalFiles, WriteFile
 from tests.store.crash import Died, Disk, Process
 
-from .toy import NAME, ToyEngine, base_info
+from .toy import ENDS, NAME, ToyEngine, base_info
 
 T = TypeVar("T")
 
@@ -380,6 +380,13 @@ class World:
 
     def kill(self) -> None:
         """kill -9: nothing of the server is executed any more. Starts another one."""
+        while True:
+            self._end()
+            with suppress(Killed):
+                self.boot()
+                return
+
+    def _end(self) -> None:
         self.kills += 1
         self.kill_in = self.die_in = None
         self.refuse_commits = 0
@@ -390,7 +397,6 @@ class World:
         if self.power is not None:
             assert self._survives is not None
             self.power = Power(self._survives(self.power.disk, self.random))
-        self.boot()
 
     def restart(
         self, within: float = 20.0, *, beside: Callable[[], Awaitable[None]] = _nobody
@@ -467,6 +473,8 @@ class World:
     # --- What happens ------------------------------------------------------------------------
 
     def point(self, what: str) -> None:
+        if what == ENDS and not self._quiet:
+            raise Killed(what)
         if self._quiet or self.kill_in is None:
             return
         if self.kill_at is not None and what not in self.kill_at:

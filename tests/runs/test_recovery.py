@@ -19,12 +19,13 @@ from holdfast.runs.driver import MOST_STALLED, Driver
 from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.order import GAP_LEASE_ELIXIR, Entry, State
+from holdfast.runs.poison import MOST_BEGUN_AGAIN
 from holdfast.runs.publishing import MOST_SNAPSHOT_DEATHS, Publisher
 from holdfast.runs.run import Run
 from holdfast.store import DiskFull, Manifest, NameKey
 
 from .model import Op
-from .sim import World
+from .sim import Killed, World
 from .test_service import OWNER, Clients, steps
 from .toy import NAME, ToyEngine, batch
 
@@ -489,6 +490,84 @@ def test_a_save_that_is_not_written_alone_is_blamed_for_others(
     monkeypatch.setattr("holdfast.runs.driver.is_last", lambda _: False)
     with pytest.raises(AssertionError):
         kill_beside_a_save(clients)
+
+
+# --- Operations that end the server ---------------------------------------------------------
+
+
+def end_the_server(clients: Clients, others: int) -> None:
+    """Two runs whose operations end every server, among others, whose operations do not."""
+    for number in range(others + 1):
+        clients.create(number, 1)
+    first, *between, last = clients.all
+    for deadly in (first, last):
+        clients._submit(deadly, FORWARD_BACKWARD, batch(1, ends=True))
+    for x in range(3):
+        for run in (*between, first, last):
+            clients._submit(run, FORWARD_BACKWARD, batch(x))
+            clients._submit(run, OPTIM_STEP, steps())
+    check_all(clients)
+
+
+def test_an_operation_that_ends_the_server_fails_alone(clients: Clients) -> None:
+    end_the_server(clients, 3)
+    world, (first, *_, last) = clients._world, clients.all
+    # Each one does it once by surprise, and is then counted; at first both may be, in one end.
+    assert MOST_BEGUN_AGAIN + 1 < world.kills <= 2 * (MOST_BEGUN_AGAIN + 1)
+    for run in (first, last):
+        outcome, _ = clients._poll(run.ops[1], 1.0)
+        assert outcome is not None and outcome.failure is not None
+        assert outcome.failure.code == "operation_kills_server"
+        assert "the server ended 5 times while it executed this forward_backward" in (
+            outcome.failure.message
+        )
+    kills = world.kills
+    world.kill()
+    check_all(clients)
+    assert world.kills == kills + 1, "it was executed again"
+
+
+def test_without_a_quarantine_its_neighbours_fail_with_it(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.runs.poison._QUARANTINED_AFTER", MOST_BEGUN_AGAIN)
+    monkeypatch.setattr(World, "pause", lambda _, what: 5.0 if what == "optim_step" else 0.1)
+    clients.create(1, 1)
+    slow, deadly = clients.all
+    clients._submit(slow, FORWARD_BACKWARD, batch(1))
+    clients._submit(slow, OPTIM_STEP, steps())
+    clients._submit(deadly, FORWARD_BACKWARD, batch(1, ends=True))
+    with pytest.raises(AssertionError, match="operation_kills_server"):
+        check_all(clients)
+
+
+def test_a_save_that_ends_the_server_is_not_blamed_on_what_follows(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients.all_end()
+    world, (run,) = clients._world, clients.all
+    takes = {"write": 1.0, "forward_backward": 5.0}
+    reach = World.point
+
+    def point(world: World, what: str) -> None:
+        if what == "written" and not world._quiet and not settled(1):
+            raise Killed(what)
+        reach(world, what)
+
+    def settled(seq: int) -> bool:
+        with world.catalog._engine.connect() as connection:
+            row = sa.select(operations.c.settled).where(operations.c.seq == seq)
+            return connection.scalar(row) is not None
+
+    monkeypatch.setattr(World, "point", point)
+    monkeypatch.setattr(World, "pause", lambda _, what: takes.get(what, 0.01))
+    save(clients, "a")
+    train(clients, 1)
+    failed, *others = [clients._poll(run.ops[seq], 60.0)[0] for seq in (1, 2, 3)]
+    assert failed is not None and failed.failure is not None
+    assert failed.failure.code == "operation_kills_server"
+    for outcome in others:
+        assert outcome is not None and outcome.failure is None
 
 
 # --- Nothing waits for ever -----------------------------------------------------------------

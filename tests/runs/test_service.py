@@ -37,6 +37,7 @@ from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, HUNG_AFTER, LOADING_TA
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import REFUSAL_REACHES
+from holdfast.runs.poison import MOST_BEGUN_AGAIN
 from holdfast.runs.run import Run
 from holdfast.runs.service import Lifetimes
 from holdfast.runs.sessions import Session
@@ -215,13 +216,19 @@ class Clients(Trouble):
         pick=numbers,
         kind=st.sampled_from([bodies.FORWARD_BACKWARD] * 3 + [bodies.FORWARD]),
         x=numbers,
-        odd=st.sampled_from([None] * 7 + ["fail", "oom", "kills", "not_finite"]),
+        odd=st.sampled_from([None] * 8 + ["fail", "oom", "kills", "ends", "not_finite"]),
     )
     def compute(self, pick: int, kind: str, x: int, odd: str | None) -> None:
         code = {"fail": "invalid_datum", "oom": "out_of_memory"}.get(odd or "")
         if odd == "kills" and self.deaths_since_quiet:
             odd = None  # deaths by chance would fail its neighbours
-        body = batch(x, fail=code, kills=odd == "kills", not_finite=odd == "not_finite")
+        body = batch(
+            x,
+            fail=code,
+            kills=odd == "kills",
+            ends=odd == "ends",
+            not_finite=odd == "not_finite",
+        )
         self._submit(self._pick(pick), kind, body)
 
     @precondition(lambda self: self._open())
@@ -414,19 +421,22 @@ class Clients(Trouble):
     def pass_time(self, seconds: float) -> None:
         self._world.let(seconds)
 
+    @precondition(lambda self: self._may_end())
     @rule(points=st.integers(0, 40))
     def kill_soon(self, points: int) -> None:
         self._world.kill_in = points
 
+    @precondition(lambda self: self._may_end())
     @rule()
     def kill(self) -> None:
         self._world.kill()
 
+    @precondition(lambda self: self._may_end())
     @rule(within=st.sampled_from([20.0, 20.0, 1.0, 0.1]))
     def restart(self, within: float = 20.0) -> None:
         self._world.restart(within)
 
-    @precondition(lambda self: self._open())
+    @precondition(lambda self: self._open() and self._may_end())
     @rule(pick=numbers, beside=st.integers(1, 6), within=st.sampled_from([20.0, 0.1]))
     def restart_while_asked(self, pick: int, beside: int, within: float) -> None:
         """What is refused because the server stops is not there, what is taken is done."""
@@ -853,6 +863,14 @@ class Clients(Trouble):
             # One that was taken when the server was killed was perhaps not answered.
             if op.seq in accepted or self._in_journal(run, op.seq) is not None:
                 self._enter(run, op, started)
+
+    def _may_end(self) -> bool:
+        """Whether no operation would be blamed for it if the server ended once more."""
+        with self._world.catalog._engine.connect() as connection:
+            blamed = sa.select(sa.func.max(operations.c.begun_again)).where(
+                operations.c.settled.is_(None) & operations.c.body_hash.is_not(None)
+            )
+            return (connection.scalar(blamed) or 0) < MOST_BEGUN_AGAIN - 1
 
     def _in_journal(self, run: ModelRun, seq: int) -> sa.Row[Any] | None:
         with self._world.catalog._engine.connect() as connection:

@@ -46,15 +46,25 @@ def mixed(*values: object) -> int:
     return int.from_bytes(digest, "big") % _PRIME
 
 
+ENDS = "ends the server"
+"""The point of an operation that does so."""
+
+
 def batch(
-    x: int, *, fail: str | None = None, kills: bool = False, not_finite: bool = False
+    x: int,
+    *,
+    fail: str | None = None,
+    kills: bool = False,
+    ends: bool = False,
+    not_finite: bool = False,
 ) -> bytes:
     """A body of a forward or forward_backward.
 
     `fail` is the code of the error it fails with, `kills` ends every worker that executes it,
-    `not_finite` makes the next optim_step fail.
+    `ends` every server, `not_finite` makes the next optim_step fail.
     """
-    return json.dumps({"x": x, "fail": fail, "kills": kills, "not_finite": not_finite}).encode()
+    odd = {"fail": fail, "kills": kills, "ends": ends, "not_finite": not_finite}
+    return json.dumps({"x": x, **odd}).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +353,8 @@ class ToyEngine:
         if json.loads(body)["kills"]:
             self.kill()
             raise WorkerDied("the batch was told to kill")
+        if json.loads(body)["ends"]:
+            self._point(ENDS)
         before = self._state(run)
         self.states[run], result = function(before, seq, body)
         if short is not None and not isinstance(result, EngineError):

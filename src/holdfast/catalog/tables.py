@@ -118,6 +118,8 @@ operations = Table(
     Column("error", JSON),  # code, message, category
     Column("mark_at", Integer),  # position at which a late forward_backward's mark took effect
     Column("attempts", Integer, nullable=False, default=0),  # deaths of a worker while it ran
+    # Times that it was begun as the first after a start: it may have been what ended the server.
+    Column("begun_again", Integer, nullable=False, server_default="0"),
     Column("accepted", Float, nullable=False),
     Column("settled", Float),
     Column("read", Float),

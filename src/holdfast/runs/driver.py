@@ -17,7 +17,7 @@ from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.order import Entry, Gap, State
 from holdfast.runs.placement import Placement
-from holdfast.runs.poison import count_death, is_last
+from holdfast.runs.poison import begun_again, count_death, is_last
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import Recovery
 from holdfast.runs.run import Run
@@ -299,7 +299,11 @@ class Driver:
             else:
                 if not creating:  # that may be what waits
                     self._stalled_since = None
-                await self._execute(entry)
+                async with begun_again(run, entry) as failure:
+                    if failure is None:
+                        await self._execute(entry)
+                    else:
+                        await self._give_up(entry, failure)
             if run.ended is None:
                 await self._recovery.passed(replayed=replayed)
                 if not self._recovery.under_way:
@@ -327,6 +331,8 @@ class Driver:
             match entry.kind:
                 case bodies.SAVE_WEIGHTS | bodies.SAVE_SAMPLER | bodies.SAVE_EXTERNAL:
                     await self._publisher.save(entry)
+                    if entry.begun_again:  # what follows must not be taken for what ends the server
+                        await self._publisher.settled()
                     return
                 case bodies.CREATE:
                     await self.create(bodies.config_from_json(Create.decode(body).config))
@@ -353,11 +359,15 @@ class Driver:
     async def _cannot_execute(self, entry: Entry, error: JournalDamaged) -> None:
         """Fail an operation whose body is damaged, as if the engine had refused it."""
         message = f"the request was damaged before it was executed: {error.message}; send it again"
+        await self._give_up(entry, Failure(error.code, message, error.category))
+
+    async def _give_up(self, entry: Entry, failure: Failure) -> None:
+        """Fail an operation without executing it."""
         if entry.kind == bodies.FORWARD_BACKWARD:
             engine, _ = self._placement.engine()
-            mark = f"forward_backward {entry.seq} failed: {message}"
+            mark = f"forward_backward {entry.seq} failed: {failure.message}"
             await engine.mark_incomplete(self._placement.key, entry.seq, mark)
-        self._fail(entry, Failure(error.code, message, error.category))
+        self._fail(entry, failure)
 
     async def _snapshot(self, *, optimizer: bool) -> None:
         try:

@@ -224,6 +224,14 @@ def count_attempt(connection: Connection, key: RunKey, seq: int) -> int:
     return connection.scalar(sa.select(operations.c.attempts).where(_at(key, seq))) or 0
 
 
+def count_begun_again(connection: Connection, key: RunKey, seq: int) -> int:
+    """Count that this operation is begun as the first after a start; how often it was by now."""
+    connection.execute(
+        operations.update().where(_at(key, seq)).values(begun_again=operations.c.begun_again + 1)
+    )
+    return connection.scalar(sa.select(operations.c.begun_again).where(_at(key, seq))) or 0
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What replay needs of an operation besides its body."""
@@ -376,6 +384,7 @@ def live_runs(connection: Connection) -> dict[RunKey, Resumed]:
             operations.c.mark_at,
             operations.c.accepted,
             operations.c.attempts,
+            operations.c.begun_again,
             sa.case((operations.c.state == State.FAILED.value, operations.c.error)),
         )
         .join(
@@ -389,19 +398,21 @@ def live_runs(connection: Connection) -> dict[RunKey, Resumed]:
         )
         .order_by(operations.c.run_id, operations.c.generation, operations.c.seq)
     )
-    for id, generation, seq, kind, body_hash, state, mark_at, accepted, attempts, error in rows:
-        found[RunKey(id, generation)].operations.append(
+    for row in rows:
+        error = row[-1]
+        found[RunKey(row.run_id, row.generation)].operations.append(
             Journaled(
                 Entry(
-                    seq,
-                    kind,
-                    body_hash,
-                    State(state),
-                    attempts=attempts,
-                    late=mark_at is not None,
+                    row.seq,
+                    row.kind,
+                    row.body_hash,
+                    State(row.state),
+                    attempts=row.attempts,
+                    begun_again=row.begun_again,
+                    late=row.mark_at is not None,
                 ),
-                mark_at,
-                accepted,
+                row.mark_at,
+                row.accepted,
                 overtaken=error is not None and error["code"] in ENDS,
             )
         )

@@ -63,6 +63,10 @@ class Entry:
     state: State = State.ACCEPTED
     attempts: int = 0
     """Deaths of a worker while it ran."""
+    begun_again: int = 0
+    """Times that it was begun as the first after a start."""
+    suspect: bool = False
+    """It may have been under way when the last server ended, and has not been begun since."""
     late: bool = False
     """Came after it had been skipped: its place is empty, its mark has a place of its own."""
 

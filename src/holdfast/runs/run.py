@@ -58,6 +58,8 @@ class Services:
     engines: Engines
     clock: ServingClock
     stopping: Stopping
+    quarantine: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while an operation is executed that may have ended the server more than once."""
 
 
 @dataclass(frozen=True, slots=True)

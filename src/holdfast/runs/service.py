@@ -28,6 +28,7 @@ from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, not_found, stopping
 from holdfast.runs.journal import Failure, Outcome, Resumed, RunKey
 from holdfast.runs.order import Order, State
+from holdfast.runs.poison import suspect
 from holdfast.runs.run import Run, RunInfo, Services, patiently
 from holdfast.runs.samplers import Samplers
 from holdfast.runs.segments import Segments
@@ -364,6 +365,7 @@ class Runs:
         for item in sorted(items, key=lambda item: item.accepted):  # the first mark stays
             if item.mark_at is not None and item.entry.kind == bodies.FORWARD_BACKWARD:
                 order.add_late_mark(item.entry.seq, item.mark_at)
+        suspect(item.entry for item in items)
         info = RunInfo(record.session_id, record.owner, record.config, record.user_metadata)
         run, reason = Run(record.key, info, self._services, order), record.ending
         if reason is None and session.ended is not None:
