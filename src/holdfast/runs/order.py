@@ -8,6 +8,7 @@ the position of a snapshot, and the numbers after it come up again: settled ones
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -101,6 +102,8 @@ class Order:
         self._floor = floor
         self._entries: dict[int, Entry] = {}
         self._unsettled: set[int] = set()
+        self._by_number: list[int] = []
+        """A heap of the unsettled numbers, and of such that have been settled since."""
         self._highest = position
         self.refused_to = refused_to
         """Up to here, a refusal explains why a number is missing."""
@@ -152,7 +155,10 @@ class Order:
 
     def any_unsettled_below(self, seq: int) -> bool:
         """Whether one of the numbers below `seq` has no outcome yet."""
-        return min(self._unsettled, default=seq) < seq
+        waiting = self._by_number
+        while waiting and waiting[0] not in self._unsettled:
+            heapq.heappop(waiting)
+        return bool(waiting) and waiting[0] < seq
 
     def classify(self, seq: int, kind: str, body_hash: str) -> Accept:
         """What a submission is; changes nothing."""
@@ -179,6 +185,7 @@ class Order:
         self._entries[entry.seq] = entry
         if not entry.state.settled:
             self._unsettled.add(entry.seq)
+            heapq.heappush(self._by_number, entry.seq)
         self._highest = max(self._highest, entry.seq)
 
     def read_back(self, entries: Iterable[Entry], overtaken: Collection[int] = ()) -> None:
