@@ -492,6 +492,64 @@ def test_a_save_that_is_not_written_alone_is_blamed_for_others(
         kill_beside_a_save(clients)
 
 
+# --- Workers that die while a run is recovered ----------------------------------------------
+
+
+def die_in_replays(clients: Clients, monkeypatch: pytest.MonkeyPatch, times: int) -> list[float]:
+    """Let a run be recovered while so many workers die; fills in when they did."""
+    monkeypatch.setattr(Publisher, "due", False)
+    train(clients, 0)
+    clients.all_end()
+    honest = ToyEngine.forward_backward
+    died: list[float] = []
+
+    async def call(engine: ToyEngine, run: str, seq: int, batch: bytes) -> bytes:
+        if len(died) < times:
+            died.append(engine.clock())
+            engine.kill()
+        return await honest(engine, run, seq, batch)
+
+    clients._world.kill_worker()
+    monkeypatch.setattr(ToyEngine, "forward_backward", call)
+    return died
+
+
+def test_deaths_during_a_recovery_end_no_run(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = die_in_replays(clients, monkeypatch, 9)
+    train(clients, 1)
+    (run,) = clients.all
+    outcome, note = clients._poll(run.ops[run.highest], 30.0)
+    assert outcome is None
+    assert note is not None and "the worker died" in note and "tried again" in note
+    check_all(clients)
+    gaps = [b - a for a, b in pairwise(died)]
+    assert len(died) == 9 and gaps[-1] > 1.9 * gaps[-2] > 3.0 * gaps[-3] > 10.0
+
+
+def test_a_recovery_with_which_the_worker_always_dies_waits_for_somebody_to_ask(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = die_in_replays(clients, monkeypatch, 10_000)
+    world, (run,) = clients._world, clients.all
+    clients._submit(run, OPTIM_STEP, steps())
+    op = run.ops.pop(run.highest)
+    for _ in range(60):
+        outcome, _ = clients._poll(op, 30.0)
+    assert outcome is not None and outcome.failure is not None
+    assert (outcome.failure.code, outcome.failure.category) == ("worker_dies", "server")
+    tried = len(died)
+    assert tried < 20
+    world.let(1000.0)
+    assert len(died) == tried, "nobody asks for it"
+    monkeypatch.undo()
+    live = clients._do(lambda: world.runs.live(run.id, OWNER))
+    request = clients._do(lambda: live.submit(op.seq + 1, OPTIM_STEP, steps().encode()))
+    outcome, _ = clients._do(lambda: world.runs.outcome(request, OWNER, 60.0))
+    assert outcome is not None and outcome.failure is None
+
+
 # --- Operations that end the server ---------------------------------------------------------
 
 

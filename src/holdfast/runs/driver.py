@@ -276,8 +276,12 @@ class Driver:
                 return
             await self._publisher.settle_published()
             run.fail_pending(failure)
-        if not run.closing:
-            await asyncio.sleep(_BASE_MODEL_PAUSE)
+        until = now + self._recovery.pause
+        while not run.closing and (left := until - time.monotonic()) > 0:
+            run.wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await run.wake.wait()
         if not run.order.unsettled:
             await run.wake.wait()
 
@@ -390,7 +394,9 @@ class Driver:
         run = self._run
         self._placement.lost()
         if entry.state.settled:
-            await self._recovery.died()
+            waits = self._recovery.died()
+            if waits is not None:
+                await self._stalled(waits)
             return
         if entry.state is not State.RUNNING:
             return  # it died at a mark, before the operation

@@ -21,7 +21,10 @@ from holdfast.runs.segments import JournalDamaged
 from holdfast.store import Manifest
 
 MOST_DEATHS = 5
-"""Deaths of the worker during one recovery, after which the run stops."""
+"""Deaths of the worker during one recovery, after which it is tried again with pauses that grow.
+Its neighbours may be the cause as well as itself, and each attempt may cost them a recovery."""
+_PAUSE = 5.0
+_LONGEST_PAUSE = 300.0
 
 CLEARING = frozenset({"incomplete_gradients", "gradient_not_finite"})
 """Failures of an optim_step that clear the gradients, hence change the state."""
@@ -124,8 +127,10 @@ class Recovery:
                         manifest.files,
                         optimizer=OPTIMIZER_STATE in manifest.files,
                     )
-            except WorkerDied:
-                await self.died()
+            except WorkerDied as died:
+                waits = self.died()
+                if waits is not None:
+                    raise waits from died
                 return False
             except (RunError, EngineError) as error:
                 if error.code in UNREADABLE and self._stays_unreadable():
@@ -269,15 +274,22 @@ class Recovery:
                 )
                 self._marked.add(seq)
 
-    async def died(self) -> None:
-        """The worker died during a replay; after too many times the run stops."""
+    def died(self) -> EngineError | None:
+        """The worker died during a replay. After too many times, why it is to wait."""
         self._deaths += 1
-        if self._deaths >= MOST_DEATHS:
-            await self._stop(
-                "recovery_failed",
-                f"the worker died {self._deaths} times while run {self._run.key} was being "
-                "recovered",
-            )
+        if self._deaths < MOST_DEATHS:
+            return None
+        return EngineError(
+            "worker_dies",
+            f"the recovery is tried again: the worker died {self._deaths} times while run "
+            f"{self._run.key} was being recovered; the server's log says why",
+            "server",
+        )
+
+    @property
+    def pause(self) -> float:
+        """Seconds until a recovery that cannot go on is tried again."""
+        return min(_PAUSE * 2.0 ** max(0, self._deaths - MOST_DEATHS), _LONGEST_PAUSE)
 
     async def _reload(self, entry: Entry, body: Load | CreateFromState) -> None:
         try:
