@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
+from holdfast.catalog import Catalog
+from tests.support.postgres import BINARIES, MISSING, Postgres, postgres_server
 from tests.support.s3 import S3Server, s3_server
 
 # Read when torch is first imported. Tests share the processors with each other and with servers:
@@ -32,3 +36,30 @@ def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3_process.environment.items():
         monkeypatch.setenv(name, value)
     return s3_process
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server, started when the first test asks for it."""
+    if BINARIES is None:
+        pytest.skip(MISSING)
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["SQLite", "PostgreSQL"])
+def open_catalog(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Catalog]:
+    """Opens the same new catalog each time, on each kind of database."""
+    if request.param == "SQLite":
+        return partial(Catalog.open_file, tmp_path / "catalog.db")
+    server = request.getfixturevalue("postgres")
+    assert isinstance(server, Postgres)
+    return partial(Catalog.open, server.catalog())
+
+
+@pytest.fixture
+def catalog(open_catalog: Callable[[], Catalog]) -> Iterator[Catalog]:
+    """A new catalog, on each kind of database."""
+    catalog = open_catalog()
+    yield catalog
+    catalog.close()

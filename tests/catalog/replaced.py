@@ -1,28 +1,41 @@
-"""A server that another one replaces: `python -m tests.catalog.replaced DIRECTORY`.
+"""A server that another one replaces: `python -m tests.catalog.replaced DIRECTORY CASE...`.
 
-Does each of STEPS in a process of its own, forked so that all of them load the code once, and once
-more in one that was not replaced. What became of STEP is in DIRECTORY/WHETHER_REPLACED/STEP: the
-data, the file `output` (a line for each answer that somebody got) and the file `log`; its exit
-status is printed.
+A case is a step, whether the server was replaced before it, and the address of its catalog ("" for
+a file of its own), as JSON. Each is done in a process of its own, forked so that all of them load
+the code once. What became of case N is in DIRECTORY/N: the data, the file `output` (a line for each
+answer that somebody got) and the file `log`; the exit statuses are printed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psycopg
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog, tables
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.store import LocalStore, Manifest, NameKey
 from tests.store.samples import WEIGHTS, key_of, manifest_of
+
+CATALOG = "catalog.db"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One server, and what it does at the end."""
+
+    step: str
+    replaced: bool
+    catalog: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,11 @@ STEPS: dict[str, Callable[[Server], Awaitable[object]]] = {
 }
 
 
-async def run(step: str, data: Path, *, replaced: bool) -> None:
-    old = Catalog.open_file(data / "catalog.db")
+async def run(case: Case, data: Path) -> None:
+    def opened() -> Catalog:
+        return Catalog.open(case.catalog) if case.catalog else Catalog.open_file(data / CATALOG)
+
+    old = opened()
     store = LocalStore(data / "store")
     store.before_change(old.verify_epoch)
     await old.claim("the old server")
@@ -88,30 +104,35 @@ async def run(step: str, data: Path, *, replaced: bool) -> None:
     await checkpoints.publish(sample(store))
     unnamed = await checkpoints.publish(sample(store, name=None))
     print("begun", flush=True)
-    if replaced:
-        new = Catalog.open_file(data / "catalog.db")
+    if case.replaced:
+        new = opened()
+        if case.catalog:
+            with psycopg.connect(case.catalog, autocommit=True) as administrator:
+                administrator.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
         await new.claim("the new server")
         await new.write(partial(add_key, key="new"))
         new.close()
-    await STEPS[step](Server(old, checkpoints, key_of(sample(store)), unnamed))
+    await STEPS[case.step](Server(old, checkpoints, key_of(sample(store)), unnamed))
     print("done", flush=True)
 
 
-def main(directory: Path) -> None:
-    Catalog.open_file(directory / "catalog.db").close()
-    for replaced in (True, False):
-        for step in STEPS:
-            data = directory / str(replaced) / step
-            data.mkdir(parents=True)
-            shutil.copy(directory / "catalog.db", data)
-            child = os.fork()
-            if child == 0:
-                for number, name in ((1, "output"), (2, "log")):
-                    os.dup2(os.open(data / name, os.O_WRONLY | os.O_CREAT), number)
-                asyncio.run(run(step, data, replaced=replaced))
-                os._exit(0)
-            print(replaced, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), step, sep="\t")
+def main(directory: Path, cases: Sequence[Case]) -> None:
+    Catalog.open_file(directory / CATALOG).close()
+    for number, case in enumerate(cases):
+        data = directory / str(number)
+        data.mkdir(parents=True)
+        shutil.copy(directory / CATALOG, data)
+        child = os.fork()
+        if child == 0:
+            for stream, name in ((1, "output"), (2, "log")):
+                os.dup2(os.open(data / name, os.O_WRONLY | os.O_CREAT), stream)
+            asyncio.run(run(case, data))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), [Case(*json.loads(text)) for text in sys.argv[2:]])

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -36,14 +37,11 @@ def count(connection: sa.Connection) -> int:
     return connection.scalar(sa.select(sa.func.count()).select_from(tables.api_keys)) or 0
 
 
-def test_migrations_give_the_tables_of_the_code(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
-
+def test_migrations_give_the_tables_of_the_code(catalog: Catalog) -> None:
     def difference(connection: sa.Connection) -> object:
         return compare_metadata(MigrationContext.configure(connection), tables.metadata)
 
     assert catalog.read_now(difference) == []
-    catalog.close()
 
 
 def test_head_is_the_newest_migration() -> None:
@@ -51,14 +49,11 @@ def test_head_is_the_newest_migration() -> None:
     assert scripts.get_current_head() == migrations.HEAD
 
 
-def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "catalog.db"
-    Catalog.open_file(path).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.close()
+def test_a_newer_schema_is_refused(catalog: Catalog, open_catalog: Callable[[], Catalog]) -> None:
+    with catalog._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(NewerCatalog, match="9999"):
-        Catalog.open_file(path)
+        open_catalog()
 
 
 def test_something_else_than_a_database_is_refused(tmp_path: Path) -> None:
@@ -69,30 +64,45 @@ def test_something_else_than_a_database_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_writes_that_wait_together_share_a_commit_and_fail_alone(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
+async def test_writes_that_wait_together_share_a_commit_and_fail_alone(catalog: Catalog) -> None:
     statements = [add_key(str(i % 40)) for i in range(50)]
     results = await asyncio.gather(
         *(catalog.write(partial(execute, s)) for s in statements), return_exceptions=True
     )
     assert sum(isinstance(r, sa.exc.IntegrityError) for r in results) == 10
     assert await catalog.read(count) == 40
-    catalog.close()
 
 
 @pytest.mark.anyio
-async def test_a_returned_write_is_seen_by_another_process(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
+async def test_a_returned_write_is_seen_by_another_process(
+    catalog: Catalog, open_catalog: Callable[[], Catalog]
+) -> None:
+    other = open_catalog()
+    assert await other.read(count) == 0
     await catalog.write(lambda c: c.execute(add_key("a")))
-    with sqlite3.connect(tmp_path / "catalog.db") as other:
-        assert other.execute("SELECT id FROM api_keys").fetchall() == [("a",)]
+    assert await other.read(count) == 1
     other.close()
-    catalog.close()
+
+
+@pytest.mark.anyio
+async def test_what_is_read_at_once_is_of_one_moment(
+    catalog: Catalog, open_catalog: Callable[[], Catalog]
+) -> None:
+    other = open_catalog()
+
+    def count_twice(connection: sa.Connection) -> tuple[int, int]:
+        before = count(connection)
+        asyncio.run(other.write(lambda c: c.execute(add_key("a"))))
+        return before, count(connection)
+
+    assert await catalog.read(count_twice) == (0, 0)
+    assert await catalog.read(count) == 1
+    other.close()
 
 
 @pytest.mark.anyio
 async def test_a_locked_database_is_told_and_nothing_is_stored(tmp_path: Path) -> None:
-    catalog = Catalog.open(f"sqlite+pysqlite:///{tmp_path / 'catalog.db'}?timeout=0.05")
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
     await catalog.write(lambda c: c.exec_driver_sql("PRAGMA busy_timeout=50"))
     lock = sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
@@ -181,8 +191,7 @@ def test_a_failed_sync_ends_the_process_before_anybody_is_told(
 
 
 @pytest.mark.anyio
-async def test_a_defect_before_a_commit_is_told_and_the_writer_lives_on(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
+async def test_a_defect_before_a_commit_is_told_and_the_writer_lives_on(catalog: Catalog) -> None:
     defects = [ValueError("a defect"), ValueError("a defect")]
 
     def fail() -> None:
@@ -194,7 +203,6 @@ async def test_a_defect_before_a_commit_is_told_and_the_writer_lives_on(tmp_path
         await asyncio.wait_for(catalog.write(partial(execute, add_key("a"))), 10)
     await asyncio.wait_for(catalog.write(partial(execute, add_key("b"))), 10)
     assert await catalog.read(count) == 1
-    catalog.close()
 
 
 @pytest.mark.anyio

@@ -14,10 +14,9 @@ from holdfast.catalog import Catalog
 from holdfast.catalog.tables import runs
 from holdfast.runs import journal
 from holdfast.runs.checkpoints import Checkpoint, Checkpoints
-from holdfast.runs.contents import LARGE
 from holdfast.runs.journal import Outcome, RunKey
 from holdfast.runs.order import Entry
-from holdfast.runs.segments import Segments
+from holdfast.runs.segments import LARGE, Segments
 from holdfast.server.data_dir import exclusive
 from holdfast.store import Store, open_store
 from tests.cli.samples import adapter_files, add_checkpoint, fails, holdfast

@@ -31,11 +31,12 @@ from unittest import mock
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog, CatalogUnavailable, database
+from holdfast.catalog.backend import Backend
+from holdfast.catalog.sqlite import SQLite
 from holdfast.engine.interface import EngineError, WorkerDied
 from holdfast.runs import (
     checkpoints,
     clock,
-    contents,
     driver,
     engines,
     publishing,
@@ -48,7 +49,7 @@ from holdfast.runs import (
 )
 from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY, Engines
 from holdfast.runs.errors import RunError
-from holdfast.runs.segments import Segments
+from holdfast.runs.segments import LARGE, Segments
 from holdfast.runs.service import Lifetimes, Runs
 from holdfast.store import LocalStore, retries
 from holdfast.store.files import LocalFiles, WriteFile
@@ -159,15 +160,24 @@ _catalog_file: list[Path] = []
 
 
 @cache
-def _shared_engine() -> sa.Engine:
+def _shared_backend() -> SQLite:
     """Of all worlds, which come one after the other: compiling their statements takes longest."""
     engine = sa.create_engine(
         "sqlite+pysqlite://",
         creator=lambda: sqlite3.connect(_catalog_file[0], check_same_thread=False),
         poolclass=sa.QueuePool,
     )
-    database._configure_sqlite(engine)
-    return engine
+    return SQLite(engine, "the catalog of a world")
+
+
+def _new_file(root: Path) -> Backend:
+    shutil.copy(_migrated_catalog(), root / "catalog.db")
+    _catalog_file[:] = [root / "catalog.db"]
+    return _shared_backend()
+
+
+new_catalog: Callable[[Path], Backend] = _new_file
+"""Makes a world's empty catalog; what was the last one's is not used any more."""
 
 
 class SimCatalog(Catalog):
@@ -175,12 +185,13 @@ class SimCatalog(Catalog):
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._engine = _shared_engine()
-        _catalog_file[:] = [world.root / "catalog.db"]
-        self._writer = self._writer_connection()
+        self._backend = world.backend
+        self._engine = self._backend.engine
+        self._connection = None
         self._before_commit = []
+        self._leased = False
         self._epoch = None
-        self._since_checkpoint = 0
+        self._since_tidied = 0
         self._batch: list[database._Work[Any]] = []
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
@@ -202,7 +213,7 @@ class SimCatalog(Catalog):
         return super().read_now(work)
 
     def close(self) -> None:
-        self._writer.close()
+        self._disconnect()
         self._engine.dispose()
 
     def _commit_batch(self) -> None:
@@ -214,10 +225,9 @@ class SimCatalog(Catalog):
             database._resolve(batch)
             return
         self._world.point("commit")
-        self._commit(batch, self._writer)
-        if self._since_checkpoint >= database._WRITES_BETWEEN_CHECKPOINTS:
-            self._since_checkpoint = 0
-            database._checkpoint(self._writer)
+        self._commit(batch)
+        if self._since_tidied >= database._WRITES_BETWEEN_TIDYING:
+            self._tidy()
         self._world.point("committed")
 
     def _transact(self, *args: Any) -> None:
@@ -349,11 +359,10 @@ class World:
         drawn = random.Random(f"large {seed}").random() < 0.5
         # As in half of them a server takes the catalog over, and asks whether it has it still.
         self.claims = random.Random(f"claims {seed}").random() < 0.5
-        limit = 0 if (drawn if large is None else large) else contents.LARGE
-        self._patches.append(mock.patch.object(contents, "LARGE", limit))
+        self._large = 0 if (drawn if large is None else large) else LARGE
         for patch in self._patches:
             patch.start()
-        shutil.copy(_migrated_catalog(), self.root / "catalog.db")
+        self.backend = new_catalog(self.root)
         self.boot()
 
     # --- Life and death ----------------------------------------------------------------------
@@ -370,7 +379,7 @@ class World:
             monotonic=self.clock.monotonic,
         )
         self.catalog = SimCatalog(self)
-        self.segments = Segments(self.root / "segments", files)
+        self.segments = Segments(self.root / "segments", files, above=self._large)
         self.runs = Runs(self.catalog, self.segments, self.store, self._engines(), self.lifetimes)
         if self.kills:
             self.checked_at_boot(self)

@@ -10,10 +10,13 @@ import asyncio
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from holdfast.catalog import tables
+from holdfast.catalog.postgresql import PostgreSQL
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import Load, Save
 from holdfast.runs.checkpoints import Checkpoints
@@ -22,7 +25,9 @@ from holdfast.runs.order import Order, State
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import Recovery
 from holdfast.runs.run import Run
+from tests.support.postgres import Postgres
 
+from . import sim
 from .test_service import OWNER, Clients, steps
 from .toy import batch
 
@@ -158,6 +163,24 @@ def at_every_point(
 @pytest.mark.parametrize("perform", [script, with_gaps, with_ends])
 def test_the_server_may_be_killed_at_any_point(perform: Callable[[Clients], None]) -> None:
     assert at_every_point(perform, kill_server, stride=STRIDE) > 60
+
+
+@pytest.mark.parametrize("perform", [script, with_gaps, with_ends])
+def test_the_same_with_a_catalog_on_postgresql(
+    perform: Callable[[Clients], None], postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = PostgreSQL.at(postgres.catalog())
+
+    def emptied(_root: Path) -> PostgreSQL:
+        with backend.engine.begin() as connection:
+            for table in reversed(tables.metadata.sorted_tables):
+                if table is not tables.epoch:
+                    connection.execute(table.delete())
+        return backend
+
+    monkeypatch.setattr(sim, "new_catalog", emptied)
+    assert at_every_point(perform, kill_server, stride=5 * STRIDE) > 60
+    backend.engine.dispose()
 
 
 @pytest.mark.parametrize("perform", [script, with_gaps])

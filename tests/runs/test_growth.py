@@ -39,7 +39,7 @@ def body(step: int) -> bytes:
     small = batch(step)
     if step % LARGE_EVERY:
         return small
-    return json.dumps({**json.loads(small), "pad": "x" * (contents.LARGE + 1)}).encode()
+    return json.dumps({**json.loads(small), "pad": "x" * (segments.LARGE + 1)}).encode()
 
 
 def train(clients: Clients, first: int, count: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
@@ -48,13 +47,6 @@ class HeldUp(LocalStore):
 @pytest.fixture
 def store(tmp_path: Path) -> HeldUp:
     return HeldUp(tmp_path / "store")
-
-
-@pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
-    yield catalog
-    catalog.close()
 
 
 def sample(store: LocalStore, **changes: object) -> Manifest:
@@ -173,7 +165,7 @@ def _add_run(connection: sa.Connection, run: str) -> None:
         sa.text(
             "INSERT INTO runs (id, generation, session_id, owner, created, last_request, state,"
             " body_hash, corrupted, recoveries, replayed, divergences)"
-            " VALUES (:run, 0, 's', 'local', 1, 1, 'live', '', 0, 0, 0, 0)"
+            " VALUES (:run, 0, 's', 'local', 1, 1, 'live', '', false, 0, 0, 0)"
         ),
         {"run": run},
     )

@@ -20,8 +20,9 @@ from tests.store.storage import MemoryObjects, Storage
 
 
 @pytest.mark.anyio
-async def test_unnamed_manifests_without_a_row_are_discarded(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
+async def test_unnamed_manifests_without_a_row_are_discarded(
+    catalog: Catalog, tmp_path: Path
+) -> None:
     with open_store(tmp_path / "store") as store:
         checkpoints = Checkpoints(store, catalog)
         blob = store.put_blob([b"weights"])
@@ -40,7 +41,6 @@ async def test_unnamed_manifests_without_a_row_are_discarded(tmp_path: Path) -> 
         assert sorted(left) == sorted([kept, fresh]) and orphan not in left
         # Unless it was published after that start.
         assert await Checkpoints(store, catalog).discard_orphans() == 1
-    catalog.close()
 
 
 @pytest.mark.anyio
@@ -76,7 +76,7 @@ def _add_run_with_snapshot(connection: sa.Connection, manifest_id: str) -> None:
     connection.execute(
         sa.text(
             "INSERT INTO runs (id, generation, session_id, owner, created, last_request, state,"
-            " body_hash, corrupted) VALUES ('3f0c:train:0', 0, 's', 'o', 1, 1, 'live', '', 0)"
+            " body_hash, corrupted) VALUES ('3f0c:train:0', 0, 's', 'o', 1, 1, 'live', '', false)"
         )
     )
     connection.execute(

@@ -60,8 +60,7 @@ def kept(connection: sa.Connection) -> tuple[int, int, int]:
     return rows, parts.count("body"), parts.count("result")
 
 
-def test_a_live_run_keeps_what_a_replay_needs(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
+def test_a_live_run_keeps_what_a_replay_needs(catalog: Catalog, tmp_path: Path) -> None:
     segments = Segments(tmp_path / "segments")
     with catalog._engine.begin() as connection:
         add_run(connection, segments, state="live", seqs=23)  # recovery points at 15 and 20
@@ -73,11 +72,9 @@ def test_a_live_run_keeps_what_a_replay_needs(tmp_path: Path) -> None:
         outcome = journal.outcome(connection, segments, KEY, 20)
         assert outcome is not None and outcome.failure is not None
         assert outcome.failure.code == "result_expired"
-    catalog.close()
 
 
-def test_nothing_is_kept_of_a_run_that_ended_a_while_ago(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
+def test_nothing_is_kept_of_a_run_that_ended_a_while_ago(catalog: Catalog, tmp_path: Path) -> None:
     segments = Segments(tmp_path / "segments")
     with catalog._engine.begin() as connection:
         add_run(connection, segments, state="unloaded", seqs=23)
@@ -86,11 +83,11 @@ def test_nothing_is_kept_of_a_run_that_ended_a_while_ago(tmp_path: Path) -> None
         assert connection.scalar(sa.select(sa.func.count()).select_from(snapshots)) == 0
         retention.expire(connection, read_before=READ_AT + 1)
         assert kept(connection) == (0, 0, 0)
-    catalog.close()
 
 
-def test_a_run_keeps_so_many_bytes_of_results_that_were_read(tmp_path: Path) -> None:
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
+def test_a_run_keeps_so_many_bytes_of_results_that_were_read(
+    catalog: Catalog, tmp_path: Path
+) -> None:
     segments = Segments(tmp_path / "segments")
     with catalog._engine.begin() as connection:
         add_run(connection, segments, state="live", seqs=8, result=b"r" * 100)
@@ -108,7 +105,6 @@ def test_a_run_keeps_so_many_bytes_of_results_that_were_read(tmp_path: Path) -> 
         retention.expire(connection, read_before=READ_AT, read_size=299)
         outcome_of_5 = journal.outcome(connection, segments, KEY, 5)
         assert outcome_of_5 is not None and outcome_of_5.failure is not None
-    catalog.close()
 
 
 def scans(catalog: Catalog, work: Callable[[sa.Connection], object]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from holdfast.catalog import Catalog, CatalogUnavailable, SyncFailed
 from holdfast.catalog.tables import contents as rows
 from holdfast.catalog.tables import runs
 from holdfast.runs import contents, journal, segments
-from holdfast.runs.contents import LARGE, Address
+from holdfast.runs.contents import Address
 from holdfast.runs.journal import RunKey
 from holdfast.runs.order import Entry
-from holdfast.runs.segments import JournalDamaged, Place, Segments
+from holdfast.runs.segments import LARGE, JournalDamaged, Place, Segments
+from holdfast.server.data_dir import segments_of
 from tests.store.crash import Disk, Process
 
 KEY = RunKey("session:train:0")
@@ -110,6 +112,24 @@ def test_large_bodies_are_in_segments_and_small_ones_in_the_database(tmp_path: P
         assert [journal.body(connection, files, KEY, seq) for seq in (0, 1)] == [SMALL, BIG]
     files.close()
     catalog.close()
+
+
+@pytest.mark.parametrize("open_catalog", ["PostgreSQL"], indirect=True)
+@pytest.mark.parametrize("size", [0, 1, LARGE + 1, 3 << 20])
+def test_all_is_in_a_database_that_is_elsewhere(
+    catalog: Catalog, tmp_path: Path, size: int
+) -> None:
+    """Whatever its bytes are: the next server may be on another machine."""
+    files = segments_of(tmp_path, catalog)
+    content = random.Random(size).randbytes(size)
+    with catalog._engine.begin() as connection:
+        add_run(connection)
+        add(connection, files, 1 << 40, content)
+        files.sync()
+    with catalog._engine.begin() as connection:
+        assert journal.body(connection, files, KEY, 1 << 40) == content
+        assert connection.scalars(sa.select(rows.c.segment)).all() == [None]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_segment_is_told_with_its_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,45 +19,35 @@ import sqlalchemy as sa
 
 from holdfast import failpoints
 from holdfast.catalog import epoch
-from holdfast.catalog.epoch import EpochLost
+from holdfast.catalog.backend import UNAVAILABLE, Backend
+from holdfast.catalog.errors import CatalogInUse, CatalogUnavailable, EpochLost, SyncFailed
 from holdfast.catalog.migrations import upgrade
-from holdfast.catalog.statements import execute_text
+from holdfast.catalog.postgresql import PostgreSQL
+from holdfast.catalog.sqlite import SQLite
 
 T = TypeVar("T")
 
 SYNC_FAILED = 74
-"""The exit status of a process whose disk failed to sync: EX_IOERR of sysexits.h."""
+"""The exit status of a process that cannot know what of its last write is durable: EX_IOERR of
+sysexits.h."""
 TAKEN_OVER = 75
 """That of a server whose place another one has taken: EX_TEMPFAIL, since it is no error."""
 
+LEASE_WAITS = 5.0
+"""Seconds for which a lease is waited for: that of a server that was killed just now ends soon."""
+IN_DOUBT = 30.0
+"""Seconds within which it must be found out what became of a commit that was not answered."""
+
 _MOST_IN_ONE_COMMIT = 256
-_WRITES_BETWEEN_CHECKPOINTS = 256
-"""After so many the write-ahead log is moved into the database as soon as nobody writes."""
-_MOST_BETWEEN_CHECKPOINTS = 1024
+_WRITES_BETWEEN_TIDYING = 256
+"""After so many the database is tidied as soon as nobody writes."""
+_MOST_BETWEEN_TIDYING = 1024
 """After so many in any case: eight clients at once then wait for it less than once in a hundred."""
 _GAP = 0.02
 """Seconds without a write in which there is time for that: it takes some milliseconds."""
-_WRITES = "holdfast_writes"
-"""The option of the connection that writes."""
-_LARGEST_IDLE_LOG = 16 << 20
-"""Bytes that the write-ahead log keeps on the disk when it is empty."""
+_PAUSE = 0.2
 
 _log = logging.getLogger("holdfast.catalog")
-
-
-class CatalogUnavailable(Exception):
-    """The database did not take a write (locked, disk full), of which nothing was stored.
-
-    Or it cannot be read now (no file descriptor or connection is free, the disk does not answer).
-    """
-
-
-class SyncFailed(Exception):
-    """What was written last may be lost, though this process can still read it.
-
-    A second sync may succeed without having written it, so the process ends. The next one sees
-    what is really there.
-    """
 
 
 class Catalog:
@@ -67,11 +58,14 @@ class Catalog:
     called again before that: it does nothing but read and write the database.
     """
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._engine = backend.engine
         self._before_commit: list[Callable[[], None]] = []
         self._epoch: int | None = None
-        self._since_checkpoint = 0
+        self._leased = False
+        self._connection: sa.Connection | None = None
+        self._since_tidied = 0
         self._waiting: deque[_Work[Any]] = deque()
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """For the writer: True when something waits, False at the end."""
@@ -80,25 +74,46 @@ class Catalog:
         self._thread.start()
 
     @classmethod
-    def open(cls, url: str) -> Self:
-        """Open the database at an SQLAlchemy `url` and bring its tables up to date.
+    def open(cls, address: str, *, create: bool = True) -> Self:
+        """Open a PostgreSQL database, postgresql://USER:PASSWORD@HOST/DATABASE, and bring its
+        tables up to date; where there are none, only if told to `create` them.
 
-        Raises CatalogUnavailable when it cannot be opened.
+        Raises CatalogUnavailable, or CannotOpen for what waiting does not help.
         """
-        engine = sa.create_engine(url)
-        if engine.dialect.name == "sqlite":
-            _configure_sqlite(engine)
-        try:
-            upgrade(engine)
-        except sa.exc.DBAPIError as error:
-            engine.dispose()
-            raise CatalogUnavailable(f"cannot open the catalog {url}: {error.orig}") from error
-        return cls(engine)
+        return cls._open(PostgreSQL.at(address), create=create)
 
     @classmethod
     def open_file(cls, path: Path) -> Self:
-        """Open (or create) an SQLite file."""
-        return cls.open(f"sqlite+pysqlite:///{path}")
+        """Open (or create) an SQLite file, and bring its tables up to date.
+
+        Raises CatalogUnavailable, or CannotOpen for what waiting does not help.
+        """
+        return cls._open(SQLite.at(path))
+
+    @classmethod
+    def _open(cls, backend: Backend, *, create: bool = True) -> Self:
+        try:
+            upgrade(backend, create=create)
+        except sa.exc.DBAPIError as error:
+            backend.engine.dispose()
+            reason = _in_one_line(error)
+            raise CatalogUnavailable(
+                f"cannot open the catalog {backend.address}: {reason}"
+            ) from error
+        except BaseException:
+            backend.engine.dispose()
+            raise
+        return cls(backend)
+
+    @property
+    def address(self) -> str:
+        """Where it is, to be shown: without a password."""
+        return self._backend.address
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file of this machine, so that other files may belong to it."""
+        return self._backend.is_local
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in a transaction and return its result once that is durable.
@@ -120,12 +135,23 @@ class Catalog:
         return await asyncio.to_thread(self.read_now, work)
 
     def read_now(self, work: Callable[[sa.Connection], T]) -> T:
-        """`read` for callers without an event loop."""
+        """`read` for callers without an event loop. Repeated when its connection was lost."""
         try:
-            with self._engine.connect() as connection:
-                return work(connection)
-        except (sa.exc.OperationalError, sa.exc.TimeoutError, OSError) as error:
-            raise CatalogUnavailable(f"the catalog cannot be read: {error}") from error
+            try:
+                return self._read(work)
+            except sa.exc.DBAPIError as error:
+                if not self._backend.is_lost(error):
+                    raise
+                self._engine.dispose()  # those that wait in the pool are lost as well
+                return self._read(work)
+        except (*UNAVAILABLE, sa.exc.TimeoutError, OSError) as error:
+            raise CatalogUnavailable(
+                f"the catalog cannot be read: {_in_one_line(error)}"
+            ) from error
+
+    def _read(self, work: Callable[[sa.Connection], T]) -> T:
+        with self._engine.connect() as connection:
+            return work(connection)
 
     def before_commit(self, call: Callable[[], None]) -> None:
         """Have the writer call this before each commit: what a row refers to is durable first.
@@ -139,11 +165,35 @@ class Catalog:
 
         From then on every write of this object is made only as long as no other server has done
         the same: the process ends with TAKEN_OVER otherwise, and what it was about to commit is
-        not stored.
+        not stored. Raises CatalogInUse while another server has it.
         """
         assert self._epoch is None, "claimed already"
-        self._epoch = await self.write(lambda c: epoch.begin(c, holder))
+        self._epoch = await self._take_lease(lambda c: epoch.begin(c, holder))
         return self._epoch
+
+    async def hold(self) -> None:
+        """Have the catalog to oneself, without being a server. Raises CatalogInUse."""
+        await self._take_lease(lambda _: None)
+
+    async def _take_lease(self, and_then: Callable[[sa.Connection], T]) -> T:
+        """Take the lease and, in the same transaction, do what wants it."""
+
+        def take(connection: sa.Connection) -> tuple[T] | None:
+            # Noted before the commit: should its answer be lost with the connection, and hence the
+            # lease, whichever connection takes its place has to have the lease too.
+            self._leased = self._backend.take_lease(connection)
+            return (and_then(connection),) if self._leased else None
+
+        deadline = time.monotonic() + LEASE_WAITS
+        while (done := await self.write(take)) is None:
+            if time.monotonic() > deadline:
+                found = await self.read(epoch.current)
+                raise CatalogInUse(
+                    f"the catalog {self.address} is in use; the server that started last is "
+                    f"{found.who}: stop it, or name another --catalog"
+                )
+            await asyncio.sleep(_PAUSE)
+        return done[0]
 
     def verify_epoch(self) -> None:
         """End the process if another server has taken the catalog over since it was claimed.
@@ -169,55 +219,69 @@ class Catalog:
             self._calls.put(True)
 
     def _run(self) -> None:
-        with self._writer_connection() as connection:
-            goes_on = True
-            while goes_on:
-                goes_on = self._next_call(connection)
-                self._is_called = False  # before it counts: what comes later calls again
-                waiting = len(self._waiting)
-                while waiting:
-                    size = min(waiting, _MOST_IN_ONE_COMMIT)
-                    self._commit([self._waiting.popleft() for _ in range(size)], connection)
-                    waiting -= size
+        goes_on = True
+        while goes_on:
+            goes_on = self._next_call()
+            self._is_called = False  # before it counts: what comes later calls again
+            waiting = len(self._waiting)
+            while waiting:
+                size = min(waiting, _MOST_IN_ONE_COMMIT)
+                self._commit([self._waiting.popleft() for _ in range(size)])
+                waiting -= size
+        self._disconnect()
 
-    def _next_call(self, connection: sa.Connection) -> bool:
-        """Wait until something is to be written. Meanwhile move the log, when that is due."""
-        if self._since_checkpoint >= _WRITES_BETWEEN_CHECKPOINTS:
-            if self._since_checkpoint < _MOST_BETWEEN_CHECKPOINTS:
+    def _next_call(self) -> bool:
+        """Wait until something is to be written. Meanwhile tidy, when that is due."""
+        if self._since_tidied >= _WRITES_BETWEEN_TIDYING:
+            if self._since_tidied < _MOST_BETWEEN_TIDYING:
                 with suppress(queue.Empty):
                     return self._calls.get(timeout=_GAP)
-            self._since_checkpoint = 0
-            _checkpoint(connection)
+            self._tidy()
         return self._calls.get()
 
-    def _writer_connection(self) -> sa.Connection:
-        return self._engine.connect().execution_options(**{_WRITES: True})
+    def _tidy(self) -> None:
+        self._since_tidied = 0
+        if self._connection is None:
+            return
+        try:
+            self._backend.tidy(self._connection)
+        except SyncFailed as error:
+            _end_unsynced(f"the catalog was not synced: {error}")
 
-    def _commit(self, batch: list[_Work[Any]], connection: sa.Connection) -> None:
+    def _commit(self, batch: list[_Work[Any]]) -> None:
         """Perform and commit, then tell those who wait."""
         try:
             try:
-                self._transact(connection, batch, _perform)
-            except (sa.exc.OperationalError, SyncFailed, EpochLost):
-                raise
-            except Exception:
-                self._transact(connection, batch, _perform_each)
+                self._attempt(batch)
+            except sa.exc.DBAPIError as error:
+                if not self._backend.is_lost(error):
+                    raise
+                self._disconnect()
+                self._attempt(batch)  # nothing was stored
         except sa.exc.DBAPIError as error:
-            if getattr(error.orig, "sqlite_errorname", "").endswith("_FSYNC"):
-                _end_process(f"the catalog was not synced: {error.orig}")
-            unavailable = CatalogUnavailable(f"the catalog took no write: {error.orig}")
-            for item in batch:
-                item.error = unavailable
+            if self._backend.is_unsynced(error):
+                _end_unsynced(f"the catalog was not synced: {error.orig}")
+            unavailable = CatalogUnavailable(f"the catalog took no write: {_in_one_line(error)}")
+            _fail(batch, unavailable)
+        except CatalogUnavailable as error:
+            _fail(batch, error)
         except SyncFailed as error:
-            _end_process(f"the journal was not synced: {error}")
+            _end_unsynced(f"the journal was not synced: {error}")
         except EpochLost as error:
             _end_taken_over(error)
         except Exception as error:  # a defect: nobody waits for ever because of it
             _log.exception("the catalog's writer failed")
-            for item in batch:
-                item.error = error
+            _fail(batch, error)
         _tell(batch)
-        self._since_checkpoint += len(batch)
+        self._since_tidied += len(batch)
+
+    def _attempt(self, batch: list[_Work[Any]]) -> None:
+        try:
+            self._transact(self._connected(), batch, _perform)
+        except (*UNAVAILABLE, SyncFailed, EpochLost):
+            raise
+        except Exception:
+            self._transact(self._connected(), batch, _perform_each)
 
     def _transact(
         self,
@@ -225,15 +289,75 @@ class Catalog:
         batch: list[_Work[Any]],
         perform: Callable[[sa.Connection, _Work[Any]], None],
     ) -> None:
-        with connection.begin():
-            if self._epoch is not None:
-                epoch.check(connection, self._epoch)
-            for item in batch:
-                perform(connection, item)
-            for call in self._before_commit:
-                call()
-            failpoints.reach("commit.before")
+        """A transaction. When it raises, nothing of it was stored."""
+        transaction_id = None
+        committing = False
+        try:
+            with connection.begin():
+                if self._epoch is not None:
+                    epoch.check(connection, self._epoch)
+                transaction_id = self._backend.transaction_id(connection)
+                for item in batch:
+                    perform(connection, item)
+                for call in self._before_commit:
+                    call()
+                failpoints.reach("commit.before")
+                committing = True
+        except sa.exc.DBAPIError as error:
+            unanswered = committing and self._backend.is_lost(error)
+            if not unanswered or transaction_id is None or not self._was_committed(transaction_id):
+                raise
         failpoints.reach("commit.after")
+
+    def _was_committed(self, transaction_id: str) -> bool:
+        """What became of a commit whose answer was lost. Ends the process if nobody can tell."""
+        self._disconnect()
+        reason = "its transaction is not over"
+        deadline = time.monotonic() + IN_DOUBT
+        while True:
+            try:
+                connection = self._connected()
+                with connection.begin():
+                    found = self._backend.outcome(connection, transaction_id)
+                if found is not None:
+                    return found
+            except (*UNAVAILABLE, CatalogUnavailable) as error:
+                reason = _in_one_line(error)
+            except sa.exc.DBAPIError as error:  # another database, which does not know it
+                reason, deadline = _in_one_line(error), 0.0
+            if time.monotonic() > deadline:
+                _end_unsynced(
+                    "the connection to the catalog was lost during a commit, and what became of "
+                    f"that is not known: {reason}"
+                )
+            time.sleep(_PAUSE)
+
+    def _connected(self) -> sa.Connection:
+        """The connection that writes. A new one, where the last one was lost, has the lease too.
+
+        Raises EpochLost when another server has taken over, CatalogUnavailable when the lease
+        cannot be had now.
+        """
+        if self._connection is not None and not self._connection.invalidated:
+            return self._connection
+        self._disconnect()
+        connection = self._backend.writer()
+        try:
+            with connection.begin():
+                if self._epoch is not None:
+                    epoch.check(connection, self._epoch)
+                if self._leased and not self._backend.take_lease(connection):
+                    raise CatalogUnavailable(f"the lease of {self.address} is not free yet")
+        except BaseException:
+            _close(connection)
+            raise
+        self._connection = connection
+        return connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            _close(connection)
 
 
 @dataclass(slots=True)
@@ -254,15 +378,15 @@ class _Work(Generic[T]):
 
 
 def _perform(connection: sa.Connection, item: _Work[Any]) -> None:
-    item.result = item.call(connection)
+    item.result, item.error = item.call(connection), None
 
 
 def _perform_each(connection: sa.Connection, item: _Work[Any]) -> None:
     """With a savepoint, which costs more than most writes: only where one of a batch raises."""
     try:
         with connection.begin_nested():
-            item.result = item.call(connection)
-    except sa.exc.OperationalError:
+            _perform(connection, item)
+    except UNAVAILABLE:
         raise
     except Exception as error:
         item.error = error
@@ -284,46 +408,19 @@ def _resolve(items: list[_Work[Any]]) -> None:
         item.resolve()
 
 
-def _configure_sqlite(engine: sa.Engine) -> None:
-    @sa.event.listens_for(engine, "connect")
-    def connect(connection: Any, _record: object) -> None:
-        # The driver must not begin transactions by itself: savepoints would break.
-        connection.isolation_level = None
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "foreign_keys=ON",
-            "busy_timeout=5000",
-            "wal_autocheckpoint=0",
-            f"journal_size_limit={_LARGEST_IDLE_LOG}",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @sa.event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        # A writer waits for the lock here. A transaction that has read before it writes cannot
-        # wait: it fails if another process has written in between.
-        writes = connection.get_execution_options().get(_WRITES)
-        execute_text(connection, "BEGIN IMMEDIATE" if writes else "BEGIN").close()
+def _close(connection: sa.Connection) -> None:
+    connection.invalidate()  # it may be lost: nothing more is to be sent
+    connection.close()
 
 
-def _checkpoint(connection: sa.Connection) -> None:
-    """Move what is in SQLite's write-ahead log to the database, so that the log starts anew.
+def _fail(batch: list[_Work[Any]], error: Exception) -> None:
+    for item in batch:
+        item.error = error
 
-    Not within a commit: those who wait for it need not wait for this, and SQLite keeps to itself
-    that a sync failed there. Nor in a thread of its own: what is written meanwhile keeps the log
-    from starting anew, so that under load it would grow for ever.
-    """
-    if connection.dialect.name != "sqlite":
-        return
-    driver = connection.connection.driver_connection
-    assert driver is not None
-    try:
-        driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-    except driver.OperationalError as error:
-        if error.sqlite_errorname.endswith("_FSYNC"):
-            _end_process(f"the catalog was not synced: {error}")
-        _log.warning("the catalog's log was not moved into the database: %s", error)
+
+def _in_one_line(error: Exception) -> str:
+    reason = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+    return " ".join(str(reason).split())
 
 
 def _end_taken_over(error: EpochLost) -> NoReturn:
@@ -331,6 +428,6 @@ def _end_taken_over(error: EpochLost) -> NoReturn:
     os._exit(TAKEN_OVER)
 
 
-def _end_process(message: str) -> NoReturn:
+def _end_unsynced(message: str) -> NoReturn:
     _log.critical("%s; this process ends, and the next one recovers what there is", message)
     os._exit(SYNC_FAILED)

@@ -3,7 +3,7 @@
 A server that was suspended, or cut off, may come back when another one has taken its place. What it
 still has in hand must change nothing: each of its transactions reads the number first, and goes on
 only if that is the one that it raised itself. The number cannot change between that and the commit:
-on SQLite the transaction has the database's write lock by then, elsewhere it locks the row.
+on SQLite the transaction has the database's write lock by then, on PostgreSQL it locks the row.
 
 Whoever writes beside a server (keys, imports) has raised nothing and is not asked.
 """
@@ -15,15 +15,12 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from holdfast.catalog.errors import EpochLost
 from holdfast.catalog.statements import Statement
 from holdfast.catalog.tables import epoch
 
 _READ = sa.select(epoch.c.number, epoch.c.holder, epoch.c.raised)
 _LOCK = Statement(sa.select(epoch.c.number).with_for_update(read=True))
-
-
-class EpochLost(Exception):
-    """Another server has taken the catalog over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +32,13 @@ class Epoch:
     """Which machine and process it was; None before the first one."""
     raised: float | None
     """When it started, in UTC seconds."""
+
+    @property
+    def who(self) -> str:
+        """The holder and since when, in words."""
+        if self.holder is None or self.raised is None:
+            return "not known"
+        return f"{self.holder}, since {time.strftime('%FT%TZ', time.gmtime(self.raised))}"
 
 
 def current(connection: sa.Connection) -> Epoch:
@@ -57,8 +61,7 @@ def check(connection: sa.Connection, mine: int) -> None:
 
 def lost(found: Epoch, mine: int) -> EpochLost:
     """The error that says who has taken over, and when."""
-    since = "" if found.raised is None else time.strftime(" at %FT%TZ", time.gmtime(found.raised))
     return EpochLost(
-        f"{found.holder or 'another server'} has taken this catalog over{since}: "
+        f"another server has taken this catalog over ({found.who}): "
         f"the epoch is {found.number}, and {mine} was this server's"
     )

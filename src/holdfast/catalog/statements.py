@@ -84,13 +84,24 @@ class _Compiled:
 
 def execute_text(connection: sa.Connection, text: str, arguments: Any = ()) -> Any:
     """Have the driver execute a text; its cursor, to be closed. Errors are SQLAlchemy's."""
-    cursor = connection.connection.cursor()
+    raw = connection.connection
+    cursor = raw.cursor()
     driver = connection.dialect.loaded_dbapi
     try:
         cursor.execute(text, arguments)
     except driver.Error as error:
+        is_lost = connection.dialect.is_disconnect(error, raw.dbapi_connection, cursor)
         cursor.close()
-        raise sa.exc.DBAPIError.instance(
-            text, arguments, error, driver.Error, dialect=connection.dialect
-        ) from error
+        failed = sa.exc.DBAPIError.instance(
+            text,
+            arguments,
+            error,
+            driver.Error,
+            hide_parameters=connection.engine.hide_parameters,
+            connection_invalidated=is_lost,
+            dialect=connection.dialect,
+        )
+        if is_lost:
+            connection.invalidate(failed)
+        raise failed from error
     return cursor

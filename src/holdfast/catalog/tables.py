@@ -28,6 +28,9 @@ metadata = MetaData(
     }
 )
 
+_NUMBER = BigInteger().with_variant(Integer, "sqlite")
+"""Of an operation. An integer of SQLite has 64 bits in any case."""
+
 
 def _partial(name: str, *columns: str, where: str) -> Index:
     """An index of some of the rows."""
@@ -108,7 +111,7 @@ operations = Table(
     metadata,
     Column("run_id", String, primary_key=True),
     Column("generation", Integer, primary_key=True),
-    Column("seq", Integer, primary_key=True),
+    Column("seq", _NUMBER, primary_key=True),
     Column("kind", String, nullable=False),
     Column("state", String, nullable=False),  # accepted, running, done, failed, skipped
     Column("body_hash", String),
@@ -116,7 +119,7 @@ operations = Table(
     Column("result_hash", String),  # outlives the result, for replay to compare
     Column("result_size", BigInteger),  # bytes, as long as the result is kept
     Column("error", JSON),  # code, message, category
-    Column("mark_at", Integer),  # position at which a late forward_backward's mark took effect
+    Column("mark_at", _NUMBER),  # position at which a late forward_backward's mark took effect
     Column("attempts", Integer, nullable=False, default=0),  # deaths of a worker while it ran
     # Times that it was begun as the first after a start: it may have been what ended the server.
     Column("begun_again", Integer, nullable=False, server_default="0"),
@@ -142,7 +145,7 @@ contents = Table(
     metadata,
     Column("run_id", String, primary_key=True),
     Column("generation", Integer, primary_key=True),
-    Column("seq", Integer, primary_key=True),
+    Column("seq", _NUMBER, primary_key=True),
     Column("part", String, primary_key=True),  # body, result
     Column("size", BigInteger, nullable=False),
     Column("segment", String),
@@ -157,7 +160,7 @@ snapshots = Table(
     metadata,
     Column("run_id", String, primary_key=True),
     Column("generation", Integer, primary_key=True),
-    Column("seq", Integer, primary_key=True),
+    Column("seq", _NUMBER, primary_key=True),
     Column("manifest", String, nullable=False),
     Column("created", Float, nullable=False),
     ForeignKeyConstraint(["run_id", "generation"], ["runs.id", "runs.generation"]),

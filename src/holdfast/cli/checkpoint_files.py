@@ -13,7 +13,7 @@ import click
 
 from holdfast.cli.offline import offline_errors, open_data_store
 from holdfast.cli.online import Duration, PathType
-from holdfast.cli.options import data_dir, store
+from holdfast.cli.options import catalog, data_dir, store
 from holdfast.cli.output import (
     as_json,
     bytes_progress,
@@ -250,6 +250,7 @@ def _base_option(
 )
 @data_dir
 @store
+@catalog
 @as_json
 def import_(
     source: Path,
@@ -259,6 +260,7 @@ def import_(
     base: tuple[str, Path] | None,
     data_dir: Path,
     store: str | None,
+    catalog: str | None,
     as_json: bool,
 ) -> None:
     """Bring a checkpoint in from SOURCE, as a run of its own.
@@ -277,7 +279,7 @@ def import_(
             check_user_name(name)
         check_ttl(ttl)
         source = source.resolve()
-        with existing(data_dir.expanduser().absolute(), store) as opened:
+        with existing(data_dir.expanduser().absolute(), store, catalog) as opened:
             from holdfast.server.auth import Keys
 
             wishes = Wishes(_owner(Keys(opened.catalog), owner), name, ttl)

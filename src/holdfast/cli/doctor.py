@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.cli.offline import offline_errors
-from holdfast.cli.options import data_dir, store
+from holdfast.cli.options import catalog, data_dir, store
 from holdfast.cli.output import as_json, bytes_progress, count, print_facts, print_json, say, size
 
 if TYPE_CHECKING:
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 @click.option("--repair", is_flag=True, help="Rebuild the catalog's checkpoints from the store.")
 @data_dir
 @store
+@catalog
 @as_json
-def command(repair: bool, data_dir: Path, store: str | None, as_json: bool) -> None:
+def command(
+    repair: bool, data_dir: Path, store: str | None, catalog: str | None, as_json: bool
+) -> None:
     """Examine a data directory: read every byte, and compare the catalog with the store.
 
     The store is the truth. --repair makes the catalog agree with it, and gives the newest state of
@@ -37,9 +40,11 @@ def command(repair: bool, data_dir: Path, store: str | None, as_json: bool) -> N
     repaired: Repaired | None = None
     with (
         offline_errors(),
-        (existing if repair else looked_at)(directory, store) as opened,
+        (existing if repair else looked_at)(directory, store, catalog) as opened,
         exclusive(directory) if repair else nullcontext(),
     ):
+        if repair:
+            asyncio.run(opened.catalog.hold())
         parts = opened.store, opened.catalog, opened.segments
         with bytes_progress("reading everything in the store", None) as show:
             found = asyncio.run(doctor.examine(*parts, progress=show))

@@ -33,7 +33,7 @@ def offline_errors() -> Iterator[None]:
     """Errors of the store and the runs as well, in one line, and nothing else of their log."""
     import structlog
 
-    from holdfast.catalog import CatalogUnavailable
+    from holdfast.catalog import CannotOpen, CatalogUnavailable
     from holdfast.runs.errors import RunError
     from holdfast.server.data_dir import CannotUse
     from holdfast.store import StoreError
@@ -44,7 +44,7 @@ def offline_errors() -> Iterator[None]:
     with one_line_errors():
         try:
             yield
-        except (StoreError, CannotUse, CatalogUnavailable) as error:
+        except (StoreError, CannotUse, CannotOpen, CatalogUnavailable) as error:
             raise click.ClickException(str(error)) from error
         except RunError as error:
             raise HoldfastError(error.message, code=error.code) from error

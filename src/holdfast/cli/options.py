@@ -40,6 +40,17 @@ def store(command: F) -> F:
     )(command)
 
 
+def catalog(command: F) -> F:
+    return click.option(
+        "--catalog",
+        "catalog",
+        metavar="URL",
+        envvar="HOLDFAST_CATALOG",
+        help="Keep runs and their journal in PostgreSQL: postgresql://USER@HOST/DATABASE. A "
+        "password belongs in the environment or in a file.",
+    )(command)
+
+
 def read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
     """Take defaults from a TOML file; flags and environment variables go before it."""
     if path is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from holdfast.cli.options import data_dir, read_config, store
+from holdfast.cli.options import catalog, data_dir, read_config, store
 
 
 @click.command(name="serve", context_settings={"auto_envvar_prefix": "HOLDFAST"})
@@ -29,6 +29,7 @@ from holdfast.cli.options import data_dir, read_config, store
 )
 @data_dir
 @store
+@catalog
 @click.option(
     "--model",
     "model",
@@ -69,6 +70,7 @@ def command(
     port: int,
     data_dir: Path,
     store: str | None,
+    catalog: str | None,
     model: tuple[str, ...],
     threads: int,
     token_budget: int,
@@ -99,6 +101,7 @@ def command(
             Settings(
                 data_dir=data_dir.expanduser().absolute(),
                 store=store,
+                catalog=catalog,
                 host=host,
                 port=port,
                 models=models,

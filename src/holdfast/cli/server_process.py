@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -61,9 +62,10 @@ class ServerProcess:
             *self._options,
         ]
 
-    def environment(self) -> dict[str, str] | None:
-        """What it is executed with: this process's own environment for None."""
-        return None
+    def environment(self) -> dict[str, str]:
+        """What it is executed with: where this machine's other servers keep things is not said."""
+        elsewhere = ("HOLDFAST_STORE", "HOLDFAST_CATALOG", "HOLDFAST_CONFIG")
+        return {name: value for name, value in os.environ.items() if name not in elsewhere}
 
     def start(self) -> float:
         """Start it, and wait until it answers; the seconds that took. Raises ServerDied."""

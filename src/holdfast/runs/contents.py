@@ -24,8 +24,6 @@ class Address(NamedTuple):
     seq: int
 
 
-LARGE = 64 << 10
-"""Bytes above which a body or result goes to a segment."""
 SPARSE = 4
 """A closed segment of which less than one part in so many is still referred to is rewritten."""
 
@@ -53,7 +51,7 @@ def put(
     data: bytes,
 ) -> None:
     """Keep a body or result."""
-    place = segments.append(data) if len(data) > LARGE else None
+    place = segments.append(data) if segments.takes(len(data)) else None
     _ADD.execute(
         connection,
         {

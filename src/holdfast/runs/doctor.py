@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
-from holdfast.catalog.tables import runs, snapshots
+from holdfast.catalog.tables import checkpoints, runs, snapshots
 from holdfast.runs import journal, stored
 from holdfast.runs.checkpoints import Checkpoints, Differences
 from holdfast.runs.errors import RunError
 from holdfast.runs.segments import Segments
 from holdfast.store import Manifest, MissingManifest, NameKey, Store, StoreError
 from holdfast.store.base import Progress
+
+_LOOKED_FOR = 20
+"""Manifests of each kind of which a store must have one to belong to a catalog."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,38 @@ class Repaired:
     """Rows of checkpoints that the store does not have."""
     named: tuple[NameKey, ...]
     """States of lost runs, which can be resumed from these names."""
+
+
+def belong_together(store: Store, catalog: Catalog) -> bool:
+    """Whether a store has any of the newest manifests that a catalog tells of, if it tells of any.
+
+    Otherwise it is another catalog's, and no run could be restored from it.
+    """
+    wanted = catalog.read_now(_newest_manifests)
+    for manifest_id in wanted:
+        try:
+            store.read_manifest(manifest_id)
+        except MissingManifest:
+            continue
+        except StoreError:  # damaged, hence there; or not to be read now
+            pass
+        return True
+    return not wanted
+
+
+def _newest_manifests(connection: sa.Connection) -> list[str]:
+    of_live = sa.exists().where(
+        (runs.c.id == snapshots.c.run_id)
+        & (runs.c.generation == snapshots.c.generation)
+        & (runs.c.state == "live")
+    )
+    found: list[str] = []
+    for query in (
+        sa.select(snapshots.c.manifest).where(of_live).order_by(snapshots.c.created.desc()),
+        sa.select(checkpoints.c.manifest).order_by(checkpoints.c.created.desc()),
+    ):
+        found += connection.scalars(query.limit(_LOOKED_FOR))
+    return found
 
 
 async def examine(

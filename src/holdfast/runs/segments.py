@@ -25,6 +25,8 @@ from holdfast.runs.errors import RunError
 from holdfast.store.files import Files, LocalFiles, ReadFile, WriteFile
 
 VERSION = 1
+LARGE = 64 << 10
+"""Bytes above which a body or result goes to a segment."""
 FULL = 16 << 20
 """Bytes from which on a segment takes no more records."""
 
@@ -62,14 +64,22 @@ class _Open:
 class Segments:
     """The segments of a data directory.
 
-    `append`, `sync` and `closed` belong to the catalog's writer, the rest to any thread.
+    `append`, `sync` and `closed` belong to the catalog's writer, the rest to any thread. What has
+    more than `above` bytes belongs here; None: nothing, all of it goes to the catalog.
     """
 
-    def __init__(self, root: str | Path, files: Files | None = None) -> None:
+    def __init__(
+        self, root: str | Path, files: Files | None = None, *, above: int | None = LARGE
+    ) -> None:
         self._root = str(root)
+        self._above = above
         self._files = files or LocalFiles()
         self._current: _Open | None = None
         self._unsynced: list[_Open] = []
+
+    def takes(self, size: int) -> bool:
+        """Whether so many bytes are to be kept here, and not in the catalog."""
+        return self._above is not None and size > self._above
 
     def append(self, data: bytes) -> Place:
         """Write a record, which counts after the next `sync`.

@@ -18,13 +18,12 @@ from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
 from holdfast.runs import bodies
 from holdfast.runs.engines import Engines, StartEngine
 from holdfast.runs.errors import RunError, Unavailable
-from holdfast.runs.segments import Segments
 from holdfast.runs.service import Runs
 from holdfast.server import failures
 from holdfast.server.auth import Keys
 from holdfast.server.body_limit import BodyLimit
 from holdfast.server.context import Context
-from holdfast.server.data_dir import SEGMENTS
+from holdfast.server.data_dir import segments_of
 from holdfast.server.direct import Direct, Endpoint
 from holdfast.server.routes import (
     archives,
@@ -88,7 +87,7 @@ def create_app(
     It starts the runs. Whoever serves it stops them, while the app still answers.
     """
     engines = Engines(list(settings.models), start_engine, adapter_memory=settings.adapter_memory)
-    segments = Segments(settings.data_dir / SEGMENTS)
+    segments = segments_of(settings.data_dir, catalog)
     runs = Runs(catalog, segments, store, engines, settings.lifetimes)
     context = Context(settings, runs, Keys(catalog))
 

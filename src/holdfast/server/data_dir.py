@@ -5,16 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
-from holdfast.runs.segments import Segments
+from holdfast.catalog import CannotOpen, Catalog, CatalogUnavailable, without_secrets
+from holdfast.runs.segments import LARGE, Segments
 from holdfast.store import Store, StoreError, check_url, open_store
 
 CATALOG = "catalog.db"
+CATALOG_URL = "catalog-url"
+"""Holds the address of the catalog, without a password, when it is not in the directory."""
 STORE = "store"
 STORE_URL = "store-url"
 """Holds the address of the store when it is not in the directory."""
@@ -36,46 +38,95 @@ class DataDir:
     @property
     def segments(self) -> Segments:
         """Of the catalog's journal."""
-        return Segments(self.path / SEGMENTS)
+        return segments_of(self.path, self.catalog)
+
+
+def segments_of(path: Path, catalog: Catalog) -> Segments:
+    """Where a catalog's journal keeps what is large.
+
+    One that is elsewhere keeps all of it itself: another machine may be the next to go on with it.
+    """
+    return Segments(path / SEGMENTS, above=LARGE if catalog.is_local else None)
 
 
 @contextmanager
-def existing(path: Path, url: str | None) -> Iterator[DataDir]:
+def existing(path: Path, url: str | None, catalog_url: str | None = None) -> Iterator[DataDir]:
     """Open the data directory of a server, which may be running, to change it. Raises CannotUse.
 
-    With the address of a store it may be a new one: its catalog is rebuilt from the store.
+    With the address of a store or a catalog it may be a new one: what of the catalog is not there
+    is rebuilt from the store.
     """
     with _open(path, location(path, url)) as store:
-        if url is not None:
+        if url is not None or catalog_url is not None:
             with _using(path):
                 path.mkdir(parents=True, exist_ok=True)
-        with _catalog(path / CATALOG) as catalog:
+        with closing(open_catalog(path, catalog_url)) as catalog:
             remember(path, url)
             yield DataDir(path, catalog, store)
 
 
 @contextmanager
-def looked_at(path: Path, url: str | None) -> Iterator[DataDir]:
+def looked_at(path: Path, url: str | None, catalog_url: str | None = None) -> Iterator[DataDir]:
     """`existing`, to read only: what is not there is not made. A missing catalog is an empty one.
 
     Raises CannotUse.
     """
     with _open(path, location(path, url)) as store, TemporaryDirectory() as empty:
-        file = path / CATALOG
-        with _catalog(file if file.exists() else Path(empty) / CATALOG) as catalog:
+        address = _catalog_location(path, catalog_url)
+        is_missing = address is None and not (path / CATALOG).exists()
+        directory = Path(empty) if is_missing else path
+        with closing(_open_catalog(directory, address, create=False)) as catalog:
             yield DataDir(path, catalog, store)
 
 
-@contextmanager
-def _catalog(file: Path) -> Iterator[Catalog]:
+def open_catalog(path: Path, url: str | None) -> Catalog:
+    """Open the catalog at an address, or that of a data directory, which then notes it.
+
+    The note has no password. Raises CannotUse.
+    """
+    address = _catalog_location(path, url)
+    catalog = _open_catalog(path, address, create=True)
+    if address is not None:
+        _note(path, CATALOG_URL, catalog.address)
+    return catalog
+
+
+def _open_catalog(path: Path, address: str | None, *, create: bool) -> Catalog:
     try:
-        catalog = Catalog.open_file(file)
-    except (CatalogUnavailable, NewerCatalog) as error:
+        if address is None:
+            return Catalog.open_file(path / CATALOG)
+        return Catalog.open(address, create=create)
+    except (CatalogUnavailable, CannotOpen) as error:
+        hint = ""
+        is_noted = address is not None and address == _noted(path, CATALOG_URL)
+        if is_noted and "password" in str(error):
+            hint = (
+                f"; {path / CATALOG_URL} names it without a password, which belongs in --catalog, "
+                "PGPASSWORD or a password file"
+            )
+        raise CannotUse(f"{error}{hint}") from error
+
+
+def _catalog_location(path: Path, url: str | None) -> str | None:
+    """The address of a data directory's catalog; None when that is a file in it."""
+    noted = _noted(path, CATALOG_URL)
+    if url is None:
+        return noted
+    try:
+        address = without_secrets(url)
+    except CannotOpen as error:
         raise CannotUse(str(error)) from error
-    try:
-        yield catalog
-    finally:
-        catalog.close()
+    if (path / CATALOG).exists():
+        raise CannotUse(
+            f"the catalog of {path} is its {CATALOG}, not {address}: "
+            "leave --catalog out, or name another --data-dir"
+        )
+    if noted not in (None, address):
+        raise CannotUse(
+            f"the catalog of {path} is {noted}, not {address}: leave --catalog out, name another "
+            f"--data-dir or, if it is the database that has moved, remove {path / CATALOG_URL}"
+        )
+    return url
 
 
 def existing_store(path: Path, url: str | None) -> Store:
@@ -100,8 +151,7 @@ def location(path: Path, url: str | None) -> str | Path:
 
     Its catalog tells of what is in one store, so that it stays with the first one it was used with.
     """
-    with _using(path):
-        recorded = (path / STORE_URL).read_text().strip() if (path / STORE_URL).exists() else None
+    recorded = _noted(path, STORE_URL)
     if url is None:
         return recorded or path / STORE
     try:
@@ -119,15 +169,26 @@ def location(path: Path, url: str | None) -> str | Path:
 
 def remember(path: Path, url: str | None) -> None:
     """Note durably which store, given by its address, a data directory is used with."""
-    if url is None or (path / STORE_URL).exists():
-        return
+    if url is not None:
+        _note(path, STORE_URL, check_url(url))
+
+
+def _noted(path: Path, name: str) -> str | None:
     with _using(path):
-        temporary = path / f"{STORE_URL}.new"
+        return (path / name).read_text().strip() if (path / name).exists() else None
+
+
+def _note(path: Path, name: str, text: str) -> None:
+    """Write a text into a file of the directory, durably, unless that is there."""
+    with _using(path):
+        if (path / name).exists():
+            return
+        temporary = path / f"{name}.new"
         with temporary.open("w") as file:
-            file.write(f"{check_url(url)}\n")
+            file.write(f"{text}\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path / STORE_URL)
+        temporary.replace(path / name)
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)

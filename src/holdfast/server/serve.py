@@ -22,16 +22,23 @@ import structlog
 import uvicorn
 from pydantic.warnings import UnsupportedFieldAttributeWarning
 
-from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog
+from holdfast.catalog import Catalog, CatalogInUse, CatalogUnavailable
 from holdfast.engine.interface import Worker
 from holdfast.engine.process import WorkerProcess
+from holdfast.runs.doctor import belong_together
 from holdfast.runs.engines import StartEngine
 from holdfast.runs.service import Runs
 from holdfast.server.app import create_app
 from holdfast.server.auth import Keys
-from holdfast.server.data_dir import CannotUse, exclusive, location, remember
+from holdfast.server.data_dir import (
+    CannotUse,
+    exclusive,
+    location,
+    open_catalog,
+    remember,
+)
 from holdfast.server.settings import Settings
-from holdfast.store import StoreError, open_store
+from holdfast.store import Store, StoreError, open_store
 
 _HURRIED = 1.0
 """Seconds that a stop takes at most after a second signal."""
@@ -51,23 +58,18 @@ def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotUse before anything was served."""
     _configure_log()
     with exclusive(settings.data_dir), _socket(settings) as listening:
+        catalog = open_catalog(settings.data_dir, settings.catalog)
         try:
-            catalog = Catalog.open_file(settings.data_dir / "catalog.db")
             where = location(settings.data_dir, settings.store)
             store = open_store(where)
             remember(settings.data_dir, settings.store)
-        except (CatalogUnavailable, NewerCatalog, StoreError) as error:
+        except StoreError as error:
             raise CannotServe(str(error)) from error
         try:
-            if not settings.loopback and not Keys(catalog).required:
-                raise CannotServe(
-                    f"{settings.host} can be reached from other machines, and there is no API key"
-                    " yet: make one with `holdfast key create`, or listen on 127.0.0.1"
-                )
-            _log.info("started", epoch=_claim(catalog))
+            _log.info("started", epoch=_claim(settings, catalog, store, where))
             app = create_app(settings, catalog, store, _starter(settings, where))
             port = listening.getsockname()[1]
-            _announce(settings, where, port)
+            _announce(settings, catalog, where, port)
             config = uvicorn.Config(
                 app,
                 log_config=None,
@@ -85,11 +87,22 @@ def serve(settings: Settings) -> None:
             catalog.close()
 
 
-def _claim(catalog: Catalog) -> int:
-    """Take the catalog; the epoch that this server begins."""
+def _claim(settings: Settings, catalog: Catalog, store: Store, where: str | Path) -> int:
+    """Take the catalog, if it is one to serve with; the epoch that this server begins."""
     try:
+        if not settings.loopback and not Keys(catalog).required:
+            raise CannotServe(
+                f"{settings.host} can be reached from other machines, and there is no API key"
+                " yet: make one with `holdfast key create`, or listen on 127.0.0.1"
+            )
+        # A catalog in the data directory is noted there together with its store.
+        if not catalog.is_local and not belong_together(store, catalog):
+            raise CannotServe(
+                f"{where} has none of the checkpoints that the catalog {catalog.address} tells"
+                " of: name the --store, or the --data-dir, that it is used with"
+            )
         return asyncio.run(catalog.claim(f"process {os.getpid()} on {socket.gethostname()}"))
-    except CatalogUnavailable as error:
+    except (CatalogUnavailable, CatalogInUse) as error:
         raise CannotServe(str(error)) from error
 
 
@@ -180,13 +193,14 @@ def _socket(settings: Settings) -> Iterator[socket.socket]:
         yield listening
 
 
-def _announce(settings: Settings, store: str | Path, port: int) -> None:
+def _announce(settings: Settings, catalog: Catalog, store: str | Path, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     key = "tml-local" if settings.loopback else "one that `holdfast key create` printed"
     with suppress(OSError):  # as of the log
         print(
             f"Holdfast serves {', '.join(settings.models)} on http://{host}:{port}\n"
             f"  data  {settings.data_dir}\n"
+            + ("" if catalog.is_local else f"  runs  {catalog.address}\n")
             + (f"  store {store}\n" if isinstance(store, str) else "")
             + f"  use   TINKER_BASE_URL=http://{host}:{port} TINKER_API_KEY={key}",
             flush=True,

@@ -35,6 +35,9 @@ class Settings:
     store: str | None = None
     """The address of an object storage for the checkpoints; None: they are in the data directory,
     or where they were when it was last used."""
+    catalog: str | None = field(default=None, repr=False)
+    """The address of a PostgreSQL database for the catalog, perhaps with a password; None: it is a
+    file in the data directory, or where it was when that was last used."""
     host: str = "127.0.0.1"
     port: int = 8000
     models: Mapping[str, ModelSource] = field(default_factory=dict)

@@ -6,18 +6,31 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-HEAD = "0008"
+from holdfast.catalog.backend import Backend
+from holdfast.catalog.errors import CannotOpen, NewerCatalog
+
+HEAD = "0009"
 
 
-class NewerCatalog(Exception):
-    """The database was written by a newer Holdfast."""
+def upgrade(backend: Backend, *, create: bool = True) -> None:
+    """Bring the schema to HEAD; where there is none, only if told to `create` it.
 
-
-def upgrade(engine: sa.Engine) -> None:
-    """Bring the schema to HEAD. Raises NewerCatalog for a version this code does not know."""
-    current = _current(engine)
+    Raises CannotOpen: NewerCatalog for a version this code does not know.
+    """
+    with backend.engine.connect() as connection:
+        current = _current(connection)
     if current == HEAD:
         return
+    if current is None and not create:
+        raise CannotOpen(f"there is no catalog in {backend.address}")
+    with backend.writer() as connection, connection.begin():
+        backend.lock_schema(connection)
+        current = _current(connection)  # somebody else may have done it by now
+        if current != HEAD:
+            _upgrade(connection, current)
+
+
+def _upgrade(connection: sa.Connection, current: str | None) -> None:
     # Loading alembic takes a moment that only a first start or an upgrade has to spend.
     from alembic import command
     from alembic.config import Config
@@ -35,14 +48,12 @@ def upgrade(engine: sa.Engine) -> None:
                 f"the catalog has schema version {current}, this Holdfast knows versions up to "
                 f"{HEAD}: start it with the Holdfast that last used it, or a newer one"
             ) from error
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
-def _current(engine: sa.Engine) -> str | None:
-    with engine.connect() as connection:
-        if not sa.inspect(connection).has_table("alembic_version"):
-            return None
-        version: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-        return version
+def _current(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    version: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return version

@@ -1,0 +1,55 @@
+"""What the catalog asks of a database beyond SQL."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import sqlalchemy as sa
+
+UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InternalError)
+"""Errors of the database, not of what it was asked: the same may work later."""
+
+
+class Backend(ABC):
+    """One database, and what is particular to its kind."""
+
+    is_local: bool
+    """Whether it is a file of this machine, so that other files may belong to it."""
+
+    def __init__(self, engine: sa.Engine, address: str) -> None:
+        self.engine = engine
+        """For reading."""
+        self.address = address
+        """To be shown: without a password."""
+
+    @abstractmethod
+    def writer(self) -> sa.Connection:
+        """A new connection to write by, which belongs to one thread."""
+
+    @abstractmethod
+    def lock_schema(self, connection: sa.Connection) -> None:
+        """Let nobody else change the schema before this transaction ends. Raises CatalogInUse."""
+
+    @abstractmethod
+    def take_lease(self, connection: sa.Connection) -> bool:
+        """Have the database to oneself for as long as this connection lives, if nobody else has."""
+
+    @abstractmethod
+    def transaction_id(self, connection: sa.Connection) -> str | None:
+        """By what to ask for the outcome of this transaction if its commit is not answered."""
+
+    @abstractmethod
+    def outcome(self, connection: sa.Connection, transaction_id: str) -> bool | None:
+        """Whether a transaction was committed; None while it is under way."""
+
+    @abstractmethod
+    def is_lost(self, error: sa.exc.DBAPIError) -> bool:
+        """Whether the connection has ended, and another one may do."""
+
+    @abstractmethod
+    def is_unsynced(self, error: sa.exc.DBAPIError) -> bool:
+        """Whether it is not known any more what of the last commits is on the disk."""
+
+    @abstractmethod
+    def tidy(self, connection: sa.Connection) -> None:
+        """What is to be done after some hundred writes, when nobody waits. Raises SyncFailed."""
