@@ -285,3 +285,22 @@ def test_no_repair_beside_a_server(data_dir: Path, store: Store) -> None:
         assert "another server uses" in fails("doctor", "--repair")
         assert holdfast("doctor").exit_code == 1  # looking is allowed
     assert listed(data_dir, store) == []
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["doctor", "--repair"], ["key", "list"]])
+@pytest.mark.parametrize("kept", [4096, 0])
+def test_a_damaged_catalog_is_told_with_what_to_do_which_helps(
+    data_dir: Path, store: Store, command: list[str], kept: int
+) -> None:
+    add_checkpoint(store)
+    examined("--repair", status=0)
+    catalog = data_dir / "catalog.db"
+    data = catalog.read_bytes()
+    catalog.write_bytes(data[:kept] + b"\xff" * (len(data) - kept))
+    message = fails(*command, f"--data-dir={data_dir}")
+    assert f"{catalog}: " in message and "it is damaged: move it away" in message
+    assert "-wal and -shm" in message and "holdfast doctor --repair" in message
+    for file in data_dir.glob("catalog.db*"):
+        file.unlink()
+    repaired = examined("--repair", status=0)
+    assert repaired["repaired"]["listed"] == 1

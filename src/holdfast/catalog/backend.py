@@ -50,6 +50,10 @@ class Backend(ABC):
     def is_unsynced(self, error: sa.exc.DBAPIError) -> bool:
         """Whether it is not known any more what of the last commits is on the disk."""
 
+    def advice(self, error: sa.exc.DBAPIError) -> str:
+        """What to do about a database that cannot be opened, if that is known."""
+        return ""
+
     @abstractmethod
     def tidy(self, connection: sa.Connection) -> None:
         """What is to be done after some hundred writes, when nobody waits. Raises SyncFailed."""

@@ -98,7 +98,7 @@ class Catalog:
             backend.engine.dispose()
             reason = _in_one_line(error)
             raise CatalogUnavailable(
-                f"cannot open the catalog {backend.address}: {reason}"
+                f"cannot open the catalog {backend.address}: {reason}{backend.advice(error)}"
             ) from error
         except BaseException:
             backend.engine.dispose()

@@ -57,6 +57,15 @@ class SQLite(Backend):
     def is_unsynced(self, error: sa.exc.DBAPIError) -> bool:
         return _is_unsynced(error.orig)
 
+    def advice(self, error: sa.exc.DBAPIError) -> str:
+        name: str = getattr(error.orig, "sqlite_errorname", "")
+        if not name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            return ""
+        return (
+            "; it is damaged: move it away, together with its -wal and -shm files where there are "
+            "any, and `holdfast doctor --repair` makes a new one with the checkpoints of the store"
+        )
+
     def tidy(self, connection: sa.Connection) -> None:
         """Move what is in the write-ahead log to the database, so that the log starts anew.
 
