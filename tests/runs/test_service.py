@@ -481,7 +481,7 @@ class Clients(Trouble):
         """It answers nothing more: noticed once there is something to do."""
         self.deaths_since_quiet += 1
         if self._world.lives:
-            self.hangs_loading |= self._world.runs.engines[NAME].state == "loading"
+            self.hangs_loading |= self._world.runs.engines[NAME].state != "ready"
             self._world.lives[-1].hang()
 
     @rule()
@@ -529,8 +529,9 @@ class Clients(Trouble):
     def everything_ends(self) -> None:
         """Nothing waits for ever: each future has its outcome after the leases at the latest."""
         self.all_end()
-        self.deaths_since_quiet = 0
-        self.hangs_loading = False
+        if not any(worker.hangs for worker in self._world.lives[-1:]):  # with nothing to do, still
+            self.deaths_since_quiet = 0
+            self.hangs_loading = False
         self._world.die_in = self._world.short_in = None
 
     def all_end(self) -> None:

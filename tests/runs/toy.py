@@ -228,6 +228,11 @@ class ToyEngine:
         """Answer nothing any more, until it is killed."""
         self._hangs = True
 
+    @property
+    def hangs(self) -> bool:
+        """Whether it answers nothing, and was not ended yet."""
+        return self._hangs and not self.dead
+
     def cannot_load(self) -> None:
         """Fail to load its base model."""
         self._loads = False
