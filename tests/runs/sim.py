@@ -494,9 +494,12 @@ class World:
             raise Killed(what)
 
     def pause(self, what: str) -> float:
-        """Seconds that something takes, all of them short beside the leases."""
+        """Seconds that something takes, all of them short beside the leases.
+
+        Never none: two things that follow each other have not the same time.
+        """
         longest = {"forward_backward": 0.6, "optim_step": 0.3, "forward": 0.3}.get(what, 0.01)
-        return self.random.choice((0.0, 0.001, longest))
+        return self.random.choice((1e-6, 0.001, longest))
 
     def _engine_point(self, what: str) -> None:
         self.point(what)
