@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from holdfast.catalog import CatalogUnavailable
 from holdfast.catalog.tables import operations, runs, sessions, snapshots
+from holdfast.engine.interface import EngineError
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import CreateFromState, Save
 from holdfast.runs.driver import Driver
@@ -22,8 +23,9 @@ from holdfast.runs.publishing import Publisher
 from holdfast.runs.run import Run
 from holdfast.runs.service import RunRecord
 from holdfast.runs.sessions import Sessions
-from holdfast.store import LocalStore, Unavailable
+from holdfast.store import LocalStore, NameKey, Unavailable
 
+from .sim import World
 from .test_service import OWNER, Clients, steps
 from .toy import NAME, batch
 
@@ -651,3 +653,64 @@ def test_a_request_of_no_generation_is_not_known(clients: Clients, generation: s
     with pytest.raises(RunError) as refused:
         clients._do(lambda: clients._world.runs.outcome(request_id, OWNER, 1.0))
     assert refused.value.reason == "not_found"
+
+
+# --- What an end follows, when the server dies ----------------------------------------------
+
+
+def ends_under_way(clients: Clients, whole_session: bool) -> list[Outcome | None]:
+    """The server dies while the first of two requests is executed and the end was asked for."""
+    (run,), (session,), world = clients.all, clients.sessions, clients._world
+    clients.all_end()
+    world.lives[-1]._pause = lambda what: 0.5 if what == bodies.FORWARD_BACKWARD else 0.001
+    for x in (1, 2):
+        clients._submit(run, bodies.FORWARD_BACKWARD, batch(x))
+
+    async def end() -> None:
+        runs = world.runs
+        work = (
+            runs.end_session(session.id, "success") if whole_session else runs.unload(run.id, OWNER)
+        )
+        task = asyncio.create_task(work)
+        await asyncio.sleep(0.2)
+        assert whole_session or not task.done()
+
+    world.loop.run_until_complete(end())
+    world.kill()
+    found = outcomes(clients, [run.ops[seq].request_id for seq in (1, 2)])
+    world.let(60.0)
+    assert unsettled(clients) == []
+    return found
+
+
+@pytest.mark.parametrize("whole_session", [False, True])
+def test_what_an_end_is_to_follow_is_finished_when_the_server_dies(
+    clients: Clients, whole_session: bool
+) -> None:
+    (run,) = clients.all
+    first, second = ends_under_way(clients, whole_session)
+    assert first is not None and first.failure is None
+    assert second is not None and second.failure is not None
+    assert second.failure.code == ("session_ended" if whole_session else "model_unloaded")
+    kept = NameKey(run.id, "weights", "auto.1")
+    assert kept in [key for key, _ in clients._world.store.names()]
+    run.interpret(1, clients._now)
+    clients._check_state(kept, run.history[1], optimizer=True)
+
+
+def test_what_an_end_is_to_follow_ends_when_no_worker_is_to_be_had(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_: Any, name: str) -> Any:
+        raise EngineError("model_not_loadable", f"{name} is gone", "server")
+
+    boot = World.boot
+
+    def boot_without_a_worker(world: World) -> None:
+        monkeypatch.setattr(World, "_start_engine", never)
+        boot(world)
+
+    monkeypatch.setattr(World, "boot", boot_without_a_worker)
+    found = ends_under_way(clients, whole_session=False)
+    codes = [x.failure.code for x in found if x is not None and x.failure is not None]
+    assert codes == ["model_unloaded"] * 2

@@ -103,11 +103,12 @@ class Driver:
     async def _finish_begun(self) -> None:
         """Take the saves again that were lost with a worker after their turn had come.
 
-        Later operations may be done, so that these are not pending: they were passed.
+        Later operations may be done, so that these are not pending: they were passed. And finish
+        what was under way when the end was noted, if it was lost with the server.
         """
-        order = self._run.order
-        while self._run.ended is None and self._stalled_since is None:
-            if not order.any_unsettled_below(order.reached + 1):
+        run, order = self._run, self._run.order
+        while run.ended is None and self._stalled_since is None:
+            if not order.any_unsettled_below(max(order.reached, run.begun_to) + 1):
                 return
             await self._step()
             await self._publisher.settled()
@@ -269,6 +270,7 @@ class Driver:
         if self._stalled_since is None:
             self._stalled_since = now
         if now - self._stalled_since > MOST_STALLED:
+            run.log.error("what is pending fails, for it has waited long enough")
             failure = Failure(error.code, error.message, error.category)
             if run.order.reached < 0:  # it was its creation that waited
                 run.settle(0, Outcome(run.order[0].kind, failure=failure))

@@ -193,13 +193,14 @@ def settle(
         set_target(connection, key, seq, target)
 
 
-def note_end(connection: Connection, key: RunKey, reason: Failure) -> None:
-    """Note why a run is about to end, unless that is noted already.
+def note_end(connection: Connection, key: RunKey, reason: Failure, after: int = -1) -> None:
+    """Note why a run is about to end, and after which number, unless that is noted already.
 
     In the transaction in which the first outcome or answer becomes durable that tells somebody of
     the end, or before: what was told stays true, whenever the server dies.
     """
-    connection.execute(_NOTE_END, {**_this_run(key), "ending": reason.as_json()})
+    ending = {**reason.as_json(), "after": after}
+    connection.execute(_NOTE_END, {**_this_run(key), "ending": ending})
 
 
 def settle_rest(connection: Connection, key: RunKey, failure: Failure, *, now: float) -> None:

@@ -112,6 +112,8 @@ class Run:
         """Set when the driver is to stop after the operation under way."""
         self.ending = False
         """Set besides when that is the run's end: what was begun is finished."""
+        self.begun_to = -1
+        """The number that was under way when an earlier life of the server noted the end."""
         self.broken = False
         """The run has ended because of a defect of ours."""
         self.note: str | None = None
@@ -520,15 +522,24 @@ class Run:
     async def note_end(self, reason: Failure) -> None:
         """Note durably that the run is about to end: from then on whoever asks may be told.
 
-        Raises CatalogUnavailable.
+        And which operation is finished first, if it ends after that. Raises CatalogUnavailable.
         """
         if not self._end_noted:
-            await self.services.catalog.write(lambda c: journal.note_end(c, self.key, reason))
+            under_way, after = self.order.under_way, -1
+            if under_way is not None and reason.code in _AFTER_WHAT_HAS_BEGUN:
+                after = under_way
+            await self.services.catalog.write(
+                lambda c: journal.note_end(c, self.key, reason, after)
+            )
             self._end_noted = True
 
-    def end_was_noted(self, reason: Failure) -> None:
-        """Take up a run that was about to end when its server died: nothing new is begun."""
+    def end_was_noted(self, reason: Failure, after: int) -> None:
+        """Take up a run that was about to end, `after` that number, when its server died.
+
+        Nothing new is begun.
+        """
         self._end_noted = True
+        self.begun_to = after
         self.closing = self.ending = True
         self.broken = reason.code == journal.DEFECT
         if reason.code not in _AFTER_WHAT_HAS_BEGUN:

@@ -87,7 +87,9 @@ class RunRecord:
     diverged_at: int | None = None
     """The number of the first that differed in the newest recovery in which one did."""
     ending: Failure | None = None
-    """Why it is about to end, or has ended."""
+    """Why it is about to end, or has ended ..."""
+    ends_after: int = -1
+    """... and the number that was under way when that was noted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +375,7 @@ class Runs:
         if reason is None:
             self._start(run)
         else:
-            run.end_was_noted(reason)
+            run.end_was_noted(reason, record.ends_after)
             self._background(self._finish(self._start(run), reason))
 
     # --- Runs --------------------------------------------------------------------------------
@@ -735,6 +737,7 @@ class Runs:
                 row.divergences,
                 row.diverged_at,
                 None if row.ending is None else Failure.from_json(row.ending),
+                -1 if row.ending is None else row.ending.get("after", -1),
             )
             for row in rows
         ]
