@@ -67,6 +67,24 @@ def test_without_that_limit_it_holds_them_all() -> None:
     clients.close()
 
 
+def test_no_more_leave_than_have_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the snapshot is taken with which one leaves."""
+    left = list[int]()
+    gone = Residents.gone
+
+    def counted(residents: Residents, key: str) -> None:
+        before = len(residents)
+        gone(residents, key)
+        left.append(before - len(residents))
+
+    monkeypatch.setattr(Residents, "gone", counted)
+    clients = opened(adapter_memory=6000)
+    stay = len(clients._world.runs.engines[NAME].residents)
+    clients.close()
+    # Each comes three times: new, and for each of two uses.
+    assert sum(left) <= 3 * RUNS - stay
+
+
 def test_a_burst_of_new_runs_waits_for_others_to_leave() -> None:
     """Each is written before it leaves, which takes longer than making it."""
     clients = Clients()

@@ -45,11 +45,12 @@ class Placement:
 
     @asynccontextmanager
     async def computing(
-        self, *, alone: bool = False
+        self, *, alone: bool = False, use: bool = True
     ) -> AsyncIterator[tuple[Engine, BaseModelInfo]]:
         """The worker that holds the state, for one operation: it computes nothing else meanwhile.
 
         `alone`: nor does it write what was copied, so that a death is this operation's for sure.
+        Without `use` it is no reason for the state to stay in the worker's memory.
         Raises StateGone, so that a death that came before is not laid to this operation.
         """
         host = self.host
@@ -58,7 +59,8 @@ class Placement:
             if alone:
                 await host.written()
             engine = self.engine()
-            host.residents.used(self.key)
+            if use:
+                host.residents.used(self.key)
             yield engine
 
     def put(self, host: Host, life: int) -> None:

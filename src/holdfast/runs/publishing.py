@@ -245,7 +245,7 @@ class Publisher:
         seq = self._run.order.position
         started = time.monotonic()
         try:
-            copy = await self._capture(optimizer=optimizer)
+            copy = await self._capture(optimizer=optimizer, use=False)
         except StateGone:
             raise
         except WorkerDied:
@@ -343,8 +343,8 @@ class Publisher:
         manifest = self.manifest(captured, copy.info, seq, name=name, expires=expires)
         await self._publish(manifest, replace=True)
 
-    async def _capture(self, *, optimizer: bool, alone: bool = False, is_use: bool = True) -> _Copy:
-        async with self._placement.computing(alone=alone) as (engine, info):
+    async def _capture(self, *, optimizer: bool, alone: bool = False, use: bool = True) -> _Copy:
+        async with self._placement.computing(alone=alone, use=use) as (engine, info):
             host, life = self._placement.held_by
             capture = await engine.capture(self._placement.key, optimizer=optimizer)
             if alone:
