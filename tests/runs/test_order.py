@@ -588,3 +588,36 @@ def test_the_search_finds_an_order_that_skips_at_once(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Order, "next", hasty)
     _search_finds_something()
+
+
+def test_what_failed_when_it_came_up_is_history_after_a_restart() -> None:
+    """A save before it is taken again, also when the run ends."""
+    order = Order()
+    order.read_back(
+        [
+            Entry(0, "create", "a", State.DONE),
+            Entry(1, "save_weights", "b"),
+            Entry(2, "forward_backward", None, State.FAILED),
+            Entry(3, "optim_step", "c", State.FAILED),
+            Entry(4, "optim_step", None, State.FAILED),
+            Entry(5, "optim_step", "d"),
+        ]
+    )
+    assert order.reached == 4
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        Entry(2, "optim_step", None, State.FAILED),
+        Entry(2, "optim_step", "c", State.FAILED, late=True),
+        Entry(2, "optim_step", "c", State.FAILED),
+        Entry(3, "optim_step", "c", State.FAILED),
+    ],
+    ids=["refused", "late", "overtaken", "beyond a gap"],
+)
+def test_what_failed_before_it_came_up_is_no_history(later: Entry) -> None:
+    order = Order()
+    first = [Entry(0, "create", "a", State.DONE), Entry(1, "save_weights", "b")]
+    order.read_back([*first, later], overtaken={2} if later.body_hash else ())
+    assert order.reached == 0

@@ -197,6 +197,13 @@ class Order:
             self.add(entry)
             if entry.state is State.DONE:  # only what came up was ever done
                 self._reached = max(self._reached, entry.seq)
+        number = self._reached
+        while (later := self._entries.get(number + 1)) is not None:
+            number += 1
+            # Accepted, and failed when it came up. A refusal has no body, and is settled ahead.
+            executed = later.state is State.FAILED and later.body_hash is not None
+            if executed and not later.late and number not in overtaken:
+                self._reached = number
         while (after := self._entries.get(self._reached + 1)) is not None:
             if not after.state.settled or after.seq in overtaken:
                 break
