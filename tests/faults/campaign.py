@@ -25,12 +25,13 @@ from pathlib import Path
 
 from tests.faults.disturb import Disturber
 from tests.faults.network import Network
-from tests.faults.plan import KINDS, Disturbance, Kind, plan
+from tests.faults.plan import KINDS, POSTGRES_KINDS, Disturbance, Kind, plan
 from tests.faults.preloaded import preloading
 from tests.faults.script import CLIENTS, Client, Nobody, Seen, run_script
 from tests.faults.server import FaultyServer
 from tests.faults.surroundings import SmallDisk
 from tests.support.models import save_small_model
+from tests.support.postgres import BINARIES, MISSING, Postgres, postgres_server
 
 _MEGABYTES = 256
 """Of the disk that is filled: several times what a script needs."""
@@ -62,12 +63,13 @@ class Campaign:
         limits: Mapping[str, float] | None = None,
         disk: SmallDisk | None = None,
         network: bool = False,
+        postgres: Postgres | None = None,
     ) -> None:
         self._steps = steps
         self._clients = clients
         self._disk = disk
         self._network = network
-        self.server = FaultyServer(directory / "server", model, preloaded, limits)
+        self.server = FaultyServer(directory / "server", model, preloaded, limits, postgres)
 
     @property
     def has_disk(self) -> bool:
@@ -110,6 +112,7 @@ class _Series:
     kinds: Sequence[Kind]
     model: Path
     preloaded: Path
+    on_postgres: bool
     end: float
     """Monotonic time."""
     kills: int = 0
@@ -148,15 +151,19 @@ class _Series:
     def _one(self, seed: int) -> Outcome:
         network = seed % 2 == 1  # the others reach their server directly
         kinds = [kind for kind in self.kinds if network or kind != "lost answers"]
-        with _campaign(
-            self.root / str(seed),
-            self.steps,
-            self.clients,
-            self.model,
-            preloaded=self.preloaded,
-            limits=LIMITS,
-            network=network,
-        ) as campaign:
+        with (
+            postgres_server() if self.on_postgres else nullcontext() as postgres,
+            _campaign(
+                self.root / str(seed),
+                self.steps,
+                self.clients,
+                self.model,
+                preloaded=self.preloaded,
+                limits=LIMITS,
+                network=network,
+                postgres=postgres,
+            ) as campaign,
+        ):
             # At the end it is left alone, so that the script comes to its own.
             planned = itertools.takewhile(lambda _: self._going_on(), plan(seed, kinds))
             outcome = campaign.disturbed(planned)
@@ -185,8 +192,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--client", choices=["sdk", "elixir", "both"], default="both")
+    parser.add_argument("--catalog", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument(
-        "--disturb", choices=KINDS, action="append", help="this kind alone, or several of them"
+        "--disturb",
+        choices=sorted({*KINDS, *POSTGRES_KINDS}),
+        action="append",
+        help="this kind alone, or several of them",
     )
     options = parser.parse_args()
     clients: dict[str, tuple[Client, ...]] = {
@@ -196,7 +207,14 @@ def main() -> int:
     }
     warnings.simplefilter("ignore")
     root = Path(tempfile.mkdtemp(prefix="fault-campaign-"))
-    kinds: Sequence[Kind] = options.disturb or KINDS
+    on_postgres = options.catalog == "postgresql"
+    possible = POSTGRES_KINDS if on_postgres else KINDS
+    for kind in options.disturb or ():
+        if kind not in possible:
+            parser.error(f"{kind!r} is nothing for a catalog on {options.catalog}")
+    if on_postgres and BINARIES is None:
+        parser.error(MISSING)
+    kinds: Sequence[Kind] = options.disturb or possible
     if not has_disks(root):
         print("no disk can be made here: a full one is left out", flush=True)
         kinds = [kind for kind in kinds if not kind.endswith("full disk")]
@@ -211,6 +229,7 @@ def main() -> int:
             kinds,
             model,
             preloaded,
+            on_postgres,
             time.monotonic() + 60 * options.minutes,
         )
         try:
@@ -237,6 +256,7 @@ def _campaign(
     preloaded: Path | None = None,
     limits: Mapping[str, float] | None = None,
     network: bool = False,
+    postgres: Postgres | None = None,
 ) -> Iterator[Campaign]:
     """A campaign whose server has a disk of its own where one can be made."""
     server = directory / "server"
@@ -253,6 +273,7 @@ def _campaign(
             limits=limits,
             disk=disk,
             network=network,
+            postgres=postgres,
         )
         with campaign.server:
             yield campaign

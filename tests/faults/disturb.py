@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 from tests.faults.network import Network
-from tests.faults.plan import Disturbance
+from tests.faults.plan import Disturbance, Kind
 from tests.faults.server import FaultyServer
 from tests.faults.surroundings import (
     SmallDisk,
@@ -203,6 +203,8 @@ class Disturber:
                 set_clock(server.clock, what.clock)
             case "lost answers":
                 self._lose_answers(1 + int(seconds) % 3)
+            case "PostgreSQL restart" | "PostgreSQL crash" | "PostgreSQL cut off":
+                self._disturb_postgres(what.kind, seconds)
             case "damaged snapshot" | "damaged manifest":
                 server.stop()  # which keeps a snapshot of each run
                 damaged = damage_newest_snapshot(server, manifest=what.kind == "damaged manifest")
@@ -218,6 +220,18 @@ class Disturber:
                         self._start_in_trouble(during, seconds / 2)
                 server.keep_starting()
         self.done[what.name] += 1
+
+    def _disturb_postgres(self, kind: Kind, seconds: float) -> None:
+        postgres = self._server.postgres
+        assert postgres is not None
+        if kind == "PostgreSQL cut off":
+            postgres.cut_off(self._server.database)
+        elif kind == "PostgreSQL restart":
+            postgres.restart()
+        else:
+            postgres.stop(signal.SIGQUIT)
+            self._stop.wait(seconds)
+            postgres.start()
 
     def _kill_server(self) -> None:
         self.kills += 1

@@ -33,9 +33,17 @@ Kind = Literal[
     "lost answers",
     "damaged snapshot",
     "damaged manifest",
+    "PostgreSQL restart",
+    "PostgreSQL crash",
+    "PostgreSQL cut off",
 ]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 """Those with a comma happen in the middle of the trouble behind it."""
+KINDS: tuple[Kind, ...] = tuple(k for k in get_args(Kind) if not k.startswith("PostgreSQL"))
+"""Of a server whose catalog is a file."""
+POSTGRES_KINDS: tuple[Kind, ...] = tuple(
+    k for k in get_args(Kind) if not k.endswith("locked database") and not k.startswith("damaged")
+)
+"""Of one whose catalog is on PostgreSQL. The others look into the file."""
 
 _WEIGHTS = {
     "kill server": 8,
@@ -48,6 +56,9 @@ _WEIGHTS = {
     "lost answers": 6,
     "damaged snapshot": 3,
     "damaged manifest": 2,
+    "PostgreSQL restart": 4,
+    "PostgreSQL crash": 8,
+    "PostgreSQL cut off": 8,
 }
 """How often each kind is drawn; once where nothing stands here."""
 _LONGEST = {"suspend server": 60.0, "suspend worker": 12.0}

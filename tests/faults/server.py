@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from holdfast.cli.server_process import ServerDied
 from tests.faults.preloaded import working_pid
+from tests.support.postgres import Postgres
 from tests.support.server import ServerProcess
 
 BASE_MODEL = "small-llama"
@@ -55,7 +56,8 @@ class _StoodIn(subprocess.Popen[bytes]):
 class FaultyServer(ServerProcess):
     """`preloaded` is where it and its workers are forked; without it they start as a user's do.
 
-    `limits` are constants of `holdfast.runs.engines` that are to be others, by their names.
+    `limits` are constants of `holdfast.runs.engines` that are to be others, by their names. With
+    `postgres`, its catalog is a new database there.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class FaultyServer(ServerProcess):
         model: Path,
         preloaded: Path | None = None,
         limits: Mapping[str, float] | None = None,
+        postgres: Postgres | None = None,
     ) -> None:
         self.points = directory.with_name(f"{directory.name}-points")
         """An empty file named as a fail point arms it."""
@@ -75,6 +78,9 @@ class FaultyServer(ServerProcess):
             environment["FAULTS_PRELOADED"] = str(preloaded)
         if limits is not None:
             environment["FAULTS_LIMITS"] = json.dumps(dict(limits))
+        self.postgres = postgres
+        if postgres is not None:
+            environment["HOLDFAST_CATALOG"] = self.database = postgres.database()
         super().__init__(
             directory, models={BASE_MODEL: model}, environment=environment, paths=[SITE]
         )
