@@ -26,6 +26,7 @@ POINTS = (
     "publish.named",
     "load.published",
     "load.restored",
+    "end.noted",
 )
 """Every point there is."""
 

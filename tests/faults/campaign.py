@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--client", choices=["sdk", "elixir", "both"], default="both")
+    parser.add_argument("--client", choices=["sdk", "elixir", "own", "all"], default="all")
     parser.add_argument("--catalog", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument(
         "--disturb",
@@ -203,7 +203,8 @@ def main() -> int:
     clients: dict[str, tuple[Client, ...]] = {
         "sdk": ("sdk", "sdk"),
         "elixir": ("elixir", "elixir"),
-        "both": CLIENTS,
+        "own": ("own", "own"),
+        "all": CLIENTS,
     }
     warnings.simplefilter("ignore")
     root = Path(tempfile.mkdtemp(prefix="fault-campaign-"))

@@ -1,8 +1,8 @@
 """The script that is disturbed: tenants that accumulate, save, load and resume, unaware.
 
-It does what a user would do, without retries and without handling errors, through the official SDK
-and through a client that behaves as the Elixir one does. What it saw is returned, so that a
-disturbed run can be compared with an undisturbed one to the last bit.
+It does what a user would do, without retries and without handling errors, through the official SDK,
+through Holdfast's own client, and through one that behaves as the Elixir one does. What it saw is
+returned, so that a disturbed run can be compared with an undisturbed one to the last bit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import tinker
 from tinker import types
 
+import holdfast
 from tests.faults.server import BASE_MODEL
 from tests.support import tinkex
 from tests.support.sdk import API_KEY, batch
@@ -31,8 +32,8 @@ WAIT = 400.0
 LARGE_RESULT = 13
 """The step whose result has more than 64 KB."""
 
-Client = Literal["sdk", "elixir"]
-CLIENTS: tuple[Client, ...] = ("sdk", "sdk", "elixir")
+Client = Literal["sdk", "elixir", "own"]
+CLIENTS: tuple[Client, ...] = ("sdk", "sdk", "elixir", "own")
 """What the tenants use, one after the other."""
 
 T = TypeVar("T")
@@ -124,6 +125,9 @@ class Tenant(ABC, Generic[C]):
     def peculiarities(self, client: C) -> None:
         """What only this client does."""
 
+    def leave(self, client: C) -> None:
+        """What it does with a client that it needs no longer."""
+
     def run(self) -> Seen:
         """Train to the end; whatever goes wrong is raised."""
         client = self.create()
@@ -142,7 +146,9 @@ class Tenant(ABC, Generic[C]):
             self._step(client, step)
         # Gradients that are not applied yet are part of the state.
         self.note(self.result(self.forward_backward(client, 2_000)))
-        client = self.resume(self._save(client, "unfinished"))
+        path = self._save(client, "unfinished")
+        self.leave(client)
+        client = self.resume(path)
         for step in range(half + half // 2, self._steps):
             self._step(client, step)
         self._save(client, "end")
@@ -267,6 +273,46 @@ class ElixirTenant(Tenant[tinkex.TrainingClient]):
             next(client.numbers)
 
 
+class OwnTenant(Tenant[holdfast.TrainingClient]):
+    """Through Holdfast's own client."""
+
+    def create(self) -> holdfast.TrainingClient:
+        made = self.service.create_lora_training_client(
+            BASE_MODEL, rank=4 + self.seed, seed=self.seed
+        )
+        client: holdfast.TrainingClient = self.result(made)
+        return client
+
+    def resume(self, path: str) -> holdfast.TrainingClient:
+        made = self.service.create_training_client_from_state_with_optimizer(path)
+        client: holdfast.TrainingClient = self.result(made)
+        return client
+
+    def leave(self, client: holdfast.TrainingClient) -> None:
+        self.result(client.unload())
+
+    def forward_backward(self, client: holdfast.TrainingClient, step: int) -> Any:
+        return client.forward_backward([_own(datum) for datum in self.data(step)], "cross_entropy")
+
+    def note(self, result: holdfast.ForwardBackwardOutput) -> None:
+        rows = [output["logprobs"].to_numpy() for output in result.loss_fn_outputs]
+        self.seen.note(result.metrics["loss:sum"], rows)
+
+    def optim_step(self, client: holdfast.TrainingClient) -> Any:
+        return client.optim_step(holdfast.AdamParams(learning_rate=1e-3, weight_decay=0.1))
+
+    def step_number(self, result: holdfast.types.OptimStepResponse) -> float:
+        assert result.metrics is not None
+        return result.metrics["step"]
+
+    def save(self, client: holdfast.TrainingClient, name: str, *, overwrite: bool) -> str:
+        path: str = self.result(client.save_state(name, overwrite=overwrite)).path
+        return path
+
+    def load(self, client: holdfast.TrainingClient, path: str) -> None:
+        self.result(client.load_state_with_optimizer(path))
+
+
 def _lengths(step: int) -> Sequence[int]:
     """Mostly small batches. Some are so large that their bodies, or their results too, are kept in
     files of their own."""
@@ -275,9 +321,10 @@ def _lengths(step: int) -> Sequence[int]:
     return (200,) * 30 if step % 20 == 7 else (12, 20)
 
 
-_TENANTS: dict[Client, type[SdkTenant] | type[ElixirTenant]] = {
+_TENANTS: dict[Client, type[Tenant[Any]]] = {
     "sdk": SdkTenant,
     "elixir": ElixirTenant,
+    "own": OwnTenant,
 }
 
 
@@ -300,6 +347,9 @@ def run_script(
             services["sdk"] = stack.enter_context(_sdk(url))
         if "elixir" in clients:
             services["elixir"] = stack.enter_context(tinkex.ServiceClient(url))
+        if "own" in clients:
+            own = holdfast.ServiceClient(base_url=url, api_key=API_KEY)
+            services["own"] = stack.enter_context(own)
         tenants = [
             _TENANTS[client](services[client], server, number, steps, watcher)
             for number, client in enumerate(clients, start=1)
@@ -339,7 +389,16 @@ def _in_thread(tenant: Tenant[Any]) -> Future[Seen]:
 
 
 def _done(future: Any) -> bool:
-    return bool((future if isinstance(future, Future) else future.future()).done())
+    done = future if isinstance(future, Future | holdfast.Future) else future.future()
+    return bool(done.done())
+
+
+def _own(datum: types.Datum) -> holdfast.Datum:
+    inputs = datum.loss_fn_inputs
+    return holdfast.Datum(
+        holdfast.ModelInput.from_ints(datum.model_input.to_ints()),
+        {name: inputs[name].tolist() for name in ("target_tokens", "weights")},
+    )
 
 
 def _json(datum: types.Datum) -> tinkex.Json:

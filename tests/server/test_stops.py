@@ -1,6 +1,6 @@
 """SIGTERM: a server answers while it stops, ends in time, and the next one goes on.
 
-One server is stopped three times, each time held up by something else; starting one is what takes
+One server is stopped four times, each time held up by something else; starting one is what takes
 the time here. A run trains through all of it.
 """
 
@@ -56,6 +56,7 @@ class Seen:
 
     hung: Stop
     locked: Stop
+    unfinished: Stop
     hurried: Stop
     newcomer: float
     steps: list[dict[str, Any]]
@@ -89,6 +90,10 @@ def seen(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> S
             time.sleep(0.5)
             locked = stopped(server)
 
+        settings["stop_within"] = 4.0
+        server.start()
+        unfinished = stopped_before_an_answer(server)
+
         settings["stop_within"] = 60.0
         server.start()
         also_pending = run.optim_step(6)
@@ -102,7 +107,7 @@ def seen(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> S
             for seq in (1, 3, 5):
                 undisturbed.append(other.result(other.forward_backward(seq)))
                 undisturbed.append(other.result(other.optim_step(seq + 1)))
-    return Seen(hung, locked, hurried, newcomer, steps, undisturbed)
+    return Seen(hung, locked, unfinished, hurried, newcomer, steps, undisturbed)
 
 
 # --- What is done to it ---------------------------------------------------------------------
@@ -203,6 +208,21 @@ def stopped_while_asked(server: ServerProcess, run: RawRun, pending: str) -> Sto
         return stopped(server, meanwhile=meanwhile)
 
 
+def stopped_before_an_answer(server: ServerProcess) -> Stop:
+    """Stop it while a request waits for the database, which is locked."""
+
+    def meanwhile(stop: Stop) -> None:
+        stop.answers["finish"] = late.result()
+
+    with http_client(server) as http, ThreadPoolExecutor() as pool:
+        session = http.post("create_session", json={"tags": [], "sdk_version": "0"}).json()
+        with locked_catalog(server):
+            path = f"sessions/{session['session_id']}/finish"
+            late = pool.submit(http.post, path, json={"reason": {"type": "success"}})
+            time.sleep(0.3)
+            return stopped(server, meanwhile=meanwhile)
+
+
 def train_anew(server: ServerProcess) -> float:
     """What a script does that knows nothing of a stop."""
     with service_client(server) as service:
@@ -251,11 +271,18 @@ def test_a_poll_is_held_while_the_server_stops_and_never_fails(seen: Seen) -> No
         assert answer.elapsed.total_seconds() > 0.5, "it will be asked again at once"
 
 
-@pytest.mark.parametrize("held_up", ["hung", "locked"])
+@pytest.mark.parametrize("held_up", ["hung", "locked", "unfinished"])
 def test_a_stop_ends_in_time_whatever_holds_it_up(seen: Seen, held_up: str) -> None:
     stop: Stop = getattr(seen, held_up)
     assert stop.exit_code == 0
     assert stop.seconds < stop.within + SLACK
+
+
+def test_a_request_that_is_not_finished_in_time_is_told_to_come_again(seen: Seen) -> None:
+    stop = seen.unfinished
+    assert stop.answers["finish"].status_code == 503
+    assert stop.answers["finish"].json()["code"] == "stopping"
+    assert "Traceback" not in stop.log, stop.log
 
 
 def test_a_worker_that_hangs_is_given_up_in_good_order(seen: Seen) -> None:

@@ -71,6 +71,8 @@ class ServiceClient:
         )
         self._tasks = ThreadPoolExecutor(64, thread_name_prefix="tinkex")
         self._closed = threading.Event()
+        self._creating = threading.RLock()
+        """Creations of one ServiceClient come one after the other."""
         self.model_seq_id = 0
         """Goes on after a success only."""
         self.creation = ""
@@ -146,8 +148,9 @@ class ServiceClient:
             assert isinstance(model_id, str)
             return model_id
 
-        client = TrainingClient(self, self._tasks.submit(create).result(call_timeout))
-        self.model_seq_id += 1
+        with self._creating:
+            client = TrainingClient(self, self._tasks.submit(create).result(call_timeout))
+            self.model_seq_id += 1
         return client
 
     def create_training_client_from_state(
@@ -163,13 +166,14 @@ class ServiceClient:
             for name in ("train_attn", "train_mlp", "train_unembed")
         }
         assert info["is_lora"] is True
-        number = self.model_seq_id
-        client = self.create_lora_training_client(
-            info["base_model"], rank=info.get("lora_rank") or 32, call_timeout=None, **flags
-        )
-        self.model_seq_id = number
-        client.load_state(path, optimizer=optimizer).result()
-        self.model_seq_id = number + 1
+        with self._creating:
+            number = self.model_seq_id
+            client = self.create_lora_training_client(
+                info["base_model"], rank=info.get("lora_rank") or 32, call_timeout=None, **flags
+            )
+            self.model_seq_id = number
+            client.load_state(path, optimizer=optimizer).result()
+            self.model_seq_id = number + 1
         return client
 
     # ---- HTTP ----

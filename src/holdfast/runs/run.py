@@ -532,6 +532,7 @@ class Run:
                 lambda c: journal.note_end(c, self.key, reason, after)
             )
             self._end_noted = True
+            failpoints.reach("end.noted")
 
     def end_was_noted(self, reason: Failure, after: int) -> None:
         """Take up a run that was about to end, `after` that number, when its server died.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from holdfast.catalog import Catalog
 from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
 from holdfast.runs import bodies
 from holdfast.runs.engines import Engines, StartEngine
-from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.errors import RunError, Unavailable, stopping
 from holdfast.runs.service import Runs
 from holdfast.server import failures
 from holdfast.server.auth import Keys
@@ -71,7 +71,15 @@ class _App(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
-        await self._direct(scope, receive, send)
+        try:
+            await self._direct(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            # The server ends, and has waited for this answer as long as it can.
+            _log.warning("a request is not finished before the server ends", path=scope["path"])
+            with suppress(RuntimeError):  # part of its answer was sent
+                await failures.run_refusal(stopping())(scope, receive, send)
 
     @cached_property
     def _direct(self) -> Direct:
