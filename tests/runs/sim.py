@@ -55,7 +55,7 @@ from holdfast.store import LocalStore, retries
 from holdfast.store.files import LocalFiles, WriteFile
 from tests.store.crash import Died, Disk, Process
 
-from .toy import ENDS, NAME, ToyEngine, base_info
+from .toy import ENDS, NAME, OTHER, ToyEngine, base_info
 
 T = TypeVar("T")
 
@@ -518,7 +518,6 @@ class World:
                 raise WorkerDied(f"at {what}")
 
     async def _start_engine(self, name: str) -> ToyEngine:
-        assert name == NAME
         if self.unstartable > 0:
             self.unstartable -= 1
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -526,11 +525,11 @@ class World:
             self.store,
             self._engine_point,
             self.pause,
-            base_info(self.fingerprint),
+            base_info(self.fingerprint, name),
             self.clock.monotonic,
             self.known,
         )
-        if self.unloadable > 0 and self.runs.engines[NAME].info is not None:
+        if self.unloadable > 0 and self.runs.engines[name].info is not None:
             self.unloadable -= 1
             engine.cannot_load()
         if self.hangs > 0:
@@ -544,7 +543,7 @@ class World:
         return call(*args)
 
     def _engines(self) -> Engines:
-        return Engines([NAME], self._start_engine, adapter_memory=self.adapter_memory)
+        return Engines([NAME, OTHER], self._start_engine, adapter_memory=self.adapter_memory)
 
     def _time(self) -> SimpleNamespace:
         return SimpleNamespace(time=self.clock.time, monotonic=self.clock.monotonic)

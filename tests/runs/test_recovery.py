@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from holdfast.catalog.tables import operations, snapshots
+from holdfast.catalog.tables import contents, operations, snapshots
 from holdfast.engine.interface import ADAPTER_WEIGHTS, EngineError
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
 from holdfast.runs.driver import MOST_STALLED, Driver
 from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
 from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.journal import Outcome
 from holdfast.runs.order import GAP_LEASE_ELIXIR, Entry, State
 from holdfast.runs.poison import MOST_BEGUN_AGAIN
 from holdfast.runs.publishing import MOST_SNAPSHOT_DEATHS, Publisher
@@ -27,7 +28,7 @@ from holdfast.store import DiskFull, Manifest, NameKey
 from .model import Op
 from .sim import Killed, World
 from .test_service import OWNER, Clients, steps
-from .toy import NAME, ToyEngine, batch
+from .toy import NAME, OTHER, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
@@ -551,6 +552,23 @@ def test_a_recovery_with_which_the_worker_always_dies_waits_for_somebody_to_ask(
     assert outcome is not None and outcome.failure is None
 
 
+def test_a_run_that_ends_while_its_recovery_waits_is_let_go(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die_in_replays(clients, monkeypatch, 10_000)
+    world, (run,) = clients._world, clients.all
+    clients._submit(run, OPTIM_STEP, steps())
+    world.let(30.0)
+    live = world.runs._live[run.id].run
+
+    async def break_it() -> None:
+        live.broke("a test", ValueError("a test"))
+
+    clients._do(break_it)
+    world.let(1000.0)
+    assert run.id not in world.runs._live
+
+
 # --- Operations that end the server ---------------------------------------------------------
 
 
@@ -586,28 +604,94 @@ def test_an_operation_that_ends_the_server_fails_alone(clients: Clients) -> None
     assert world.kills == kills + 1, "it was executed again"
 
 
-def load_beside_what_ends_the_server(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The load is begun in each life of the server, and never quick enough."""
-    save(clients, "a")
-    clients.create(1, 1)
+def compute_beside_what_ends_the_server(clients: Clients) -> Outcome:
+    """On another worker, and never quick enough; its outcome."""
+    world, (deadly,) = clients._world, clients.all
     clients.all_end()
-    monkeypatch.setattr(World, "pause", lambda _, what: 1.0 if what == "read" else 0.01)
-    loads, deadly = clients.all
-    clients._submit(loads, bodies.LOAD_WEIGHTS, Load(loads.id, "weights", "a", True, [OWNER]))
-    clients._submit(deadly, FORWARD_BACKWARD, batch(1, ends=True))
-    check_all(clients)
+    session = clients.sessions[0]
+
+    async def create() -> Run:
+        lora = {"rank": 1, "seed": 1}
+        return await world.runs.create(
+            session,
+            7,
+            base_model=OTHER,
+            lora=lora,
+            optimizer="adamw",
+            user_metadata=None,
+            idempotency_key=None,
+        )
+
+    key = clients._do(create).key
+    world.let(10.0)
+    world.pause = lambda what: 20.0 if what == "forward" else 1.0  # type: ignore[method-assign]
+    for life in world.lives:
+        life._pause = world.pause
+    live = world.runs._live[key.id].run
+    request = clients._do(lambda: live.submit(1, bodies.FORWARD, batch(1)))
+    for x in range(2):
+        clients._submit(deadly, FORWARD_BACKWARD, batch(x, ends=True))
+    clients.all_end()
+    outcome: Outcome | None = None
+    while outcome is None:
+        outcome, _ = clients._do(lambda: world.runs.outcome(request, OWNER, 30.0))
+    return outcome
 
 
-def test_its_neighbours_do_not_fail_with_it(
-    clients: Clients, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_beside_what_ends_the_server(clients, monkeypatch)
+def test_its_neighbours_do_not_fail_with_it(clients: Clients) -> None:
+    assert compute_beside_what_ends_the_server(clients).failure is None
 
 
 def test_without_a_quarantine_they_do(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("holdfast.runs.poison._QUARANTINED_AFTER", MOST_BEGUN_AGAIN + 1)
-    with pytest.raises(AssertionError, match="operation_kills_server"):
-        load_beside_what_ends_the_server(clients, monkeypatch)
+    failure = compute_beside_what_ends_the_server(clients).failure
+    assert failure is not None and failure.code == "operation_kills_server"
+
+
+def test_stops_in_good_order_are_none_of_its_deaths(clients: Clients) -> None:
+    clients.all_end()
+    world = clients._world
+    world.pause = lambda what: 5.0 if what == "forward_backward" else 0.01  # type: ignore[method-assign]
+    world.lives[-1]._pause = world.pause
+    train(clients, 1)
+    for _ in range(2 * MOST_BEGUN_AGAIN):
+        world.let(2.0)
+        clients.restart(1.0)
+    check_all(clients)
+
+
+def test_a_base_model_that_is_not_loaded_is_none_of_a_creation_s_deaths() -> None:
+    clients = Clients()
+    clients.world = World(1)
+    clients.open_session("python")
+    world = clients._world
+    world.hangs = 100
+    clients.create(1, 1)
+    for _ in range(2 * MOST_BEGUN_AGAIN):
+        world.let(2.0)
+        clients.kill()
+    world.hangs = 0
+    clients.kill()
+    check_all(clients)
+    clients.close()
+
+
+def test_a_save_that_was_published_is_done_whatever_ended_the_servers(clients: Clients) -> None:
+    save(clients, "a")
+    clients.all_end()
+    world, (run,) = clients._world, clients.all
+
+    def forget(connection: sa.Connection) -> None:
+        """The server died before it had settled the save, not for the first time."""
+        values = {"state": "accepted", "settled": None, "begun_again": MOST_BEGUN_AGAIN}
+        connection.execute(operations.update().where(operations.c.seq == 1).values(values))
+        connection.execute(snapshots.delete().where(snapshots.c.seq > 0))
+        connection.execute(contents.delete().where(contents.c.part == "result"))
+
+    clients._do(lambda: world.catalog.write(forget))
+    clients.kill()
+    outcome, _ = clients._poll(run.ops[1], 30.0)
+    assert outcome is not None and outcome.failure is None
 
 
 def test_a_save_that_ends_the_server_is_not_blamed_on_what_follows(

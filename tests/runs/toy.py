@@ -36,7 +36,7 @@ from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NAME = "toy"
+NAME, OTHER = "toy", "other"
 _PRIME = (1 << 61) - 1
 
 
@@ -421,6 +421,6 @@ class ToyCapture:
         return self._writing.result()
 
 
-def base_info(fingerprint: Mapping[str, Any] | None = None) -> BaseModelInfo:
-    """The toy's base model."""
-    return BaseModelInfo(NAME, "0" * 64, "Toy", 100, 1000, None, fingerprint or {"toy": 1})
+def base_info(fingerprint: Mapping[str, Any] | None = None, name: str = NAME) -> BaseModelInfo:
+    """One of the toy's base models."""
+    return BaseModelInfo(name, "0" * 64, "Toy", 100, 1000, None, fingerprint or {"toy": 1})

@@ -17,7 +17,7 @@ from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.order import Entry, Gap, State
 from holdfast.runs.placement import Placement
-from holdfast.runs.poison import begun_again, count_death, is_last
+from holdfast.runs.poison import EndsServer, count_death, executing, is_last, left
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import Recovery
 from holdfast.runs.run import Run
@@ -75,7 +75,7 @@ class Driver:
     async def drive(self) -> None:
         """Run until the run is closing or has ended."""
         run = self._run
-        while not run.closing and run.ended is None:
+        while self._goes_on:
             await self._step()
         await self._publisher.settled()
         if run.ending and run.ended is None:
@@ -119,6 +119,8 @@ class Driver:
         Not when it was stopped in the middle of an operation: the worker executes it all the same,
         and what would be kept as the state before it may be the state after it.
         """
+        for entry in self._run.order.unsettled:
+            await left(self._run, entry)
         with suppress(WorkerDied, EngineError):
             if self._placement.held and self._publisher.behind and self._state_is_known:
                 await self._publisher.snapshot()
@@ -279,13 +281,17 @@ class Driver:
             await self._publisher.settle_published()
             run.fail_pending(failure)
         until = now + self._recovery.pause
-        while not run.closing and (left := until - time.monotonic()) > 0:
+        while self._goes_on and (left := until - time.monotonic()) > 0:
             run.wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await run.wake.wait()
-        if not run.order.unsettled:
+        if self._goes_on and not run.order.unsettled:
             await run.wake.wait()
+
+    @property
+    def _goes_on(self) -> bool:
+        return not self._run.closing and self._run.ended is None
 
     async def _take(self, entry: Entry) -> None:
         run, order = self._run, self._run.order
@@ -305,11 +311,7 @@ class Driver:
             else:
                 if not creating:  # that may be what waits
                     self._stalled_since = None
-                async with begun_again(run, entry) as failure:
-                    if failure is None:
-                        await self._execute(entry)
-                    else:
-                        await self._give_up(entry, failure)
+                await self._execute(entry)
             if run.ended is None:
                 await self._recovery.passed(replayed=replayed)
                 if not self._recovery.under_way:
@@ -337,11 +339,9 @@ class Driver:
             match entry.kind:
                 case bodies.SAVE_WEIGHTS | bodies.SAVE_SAMPLER | bodies.SAVE_EXTERNAL:
                     await self._publisher.save(entry)
-                    if entry.begun_again:  # what follows must not be taken for what ends the server
-                        await self._publisher.settled()
                     return
                 case bodies.CREATE:
-                    await self.create(bodies.config_from_json(Create.decode(body).config))
+                    await self.create(entry, bodies.config_from_json(Create.decode(body).config))
                     self._passed(entry)
                     run.settle(entry.seq, Outcome(entry.kind, result=b"{}"))
                 case bodies.CREATE_FROM_STATE:
@@ -355,6 +355,9 @@ class Driver:
                     run.settle(entry.seq, Outcome(entry.kind, result=result))
         except NotLoaded:
             raise
+        except EndsServer as found:
+            await self._give_up(entry, found.failure)
+            return
         except (EngineError, RunError) as error:
             self._fail(entry, Failure(error.code, error.message, error.category))
             return
@@ -412,7 +415,10 @@ class Driver:
 
     async def compute(self, entry: Entry, body: bytes) -> bytes:
         """Perform a forward, forward_backward or optim_step; the bytes of its result."""
-        async with self._placement.computing(alone=is_last(entry)) as (engine, _):
+        async with (
+            self._placement.computing(alone=is_last(entry)) as (engine, _),
+            executing(self._run, entry),
+        ):
             started = time.monotonic()
             result = await self._computed_by(engine, entry, body)
             # Without the wait for the turn, in which others computed.
@@ -431,24 +437,25 @@ class Driver:
                 return bodies.encode_json(await engine.optim_step(key, params))
         raise AssertionError(f"an operation of kind {entry.kind!r}")
 
-    async def create(self, config: RunConfig) -> None:
+    async def create(self, entry: Entry, config: RunConfig) -> None:
         """Give a worker the initial state."""
         host = self._run.services.engines[config.base_model]
-        async with host.receiving(self._is_wanted) as (engine, life):
+        async with host.receiving(self._is_wanted) as (engine, life), executing(self._run, entry):
             await engine.create(self._placement.key, config)
         self._placement.put(host, life)
 
     async def restore(
-        self, manifest: Manifest, config: RunConfig, body: Load | CreateFromState
+        self, entry: Entry, manifest: Manifest, config: RunConfig, body: Load | CreateFromState
     ) -> None:
         """Give a worker the state of a checkpoint."""
         key, files = self._placement.key, manifest.files
         if self._placement.held:  # as it must be, unless the run begins with this
-            async with self._placement.computing() as (engine, _):
+            async with self._placement.computing() as (engine, _), executing(self._run, entry):
                 await engine.restore(key, config, files, optimizer=body.optimizer)
         else:
             host = self._run.services.engines[config.base_model]
-            async with host.receiving(self._is_wanted) as (engine, life):
+            receiving = host.receiving(self._is_wanted)
+            async with receiving as (engine, life), executing(self._run, entry):
                 await engine.restore(key, config, files, optimizer=body.optimizer)
             self._placement.put(host, life)
         self._placement.takes(files)
@@ -474,8 +481,8 @@ class Driver:
         base_id = await run.persistently(lambda: checkpoints.publish(base))
         failpoints.reach("load.published")
         try:
-            await self.restore(manifest, config, body)
-        except (EngineError, WorkerDied):
+            await self.restore(entry, manifest, config, body)
+        except (EngineError, WorkerDied, EndsServer):
             with suppress(RunError):  # the next start finds it
                 await checkpoints.discard([base_id])
             raise

@@ -225,10 +225,10 @@ def count_attempt(connection: Connection, key: RunKey, seq: int) -> int:
     return connection.scalar(sa.select(operations.c.attempts).where(_at(key, seq))) or 0
 
 
-def count_begun_again(connection: Connection, key: RunKey, seq: int) -> int:
+def count_begun_again(connection: Connection, key: RunKey, seq: int, by: int) -> int:
     """Count that this operation is begun as the first after a start; how often it was by now."""
     connection.execute(
-        operations.update().where(_at(key, seq)).values(begun_again=operations.c.begun_again + 1)
+        operations.update().where(_at(key, seq)).values(begun_again=operations.c.begun_again + by)
     )
     return connection.scalar(sa.select(operations.c.begun_again).where(_at(key, seq))) or 0
 

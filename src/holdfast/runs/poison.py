@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
+from sqlalchemy import Connection
+
 from holdfast.runs import bodies, journal
 from holdfast.runs.journal import Failure
 from holdfast.runs.order import Entry
@@ -16,7 +18,7 @@ MOST_BEGUN_AGAIN = 5
 """Starts of a server that began the same operation as their first of the run, and then ended: after
 so many it fails. More than deaths of a worker, since a server may end for many another reason."""
 _QUARANTINED_AFTER = 2
-"""Such starts after which only one operation of that kind is executed at a time."""
+"""Such starts after which nothing else is executed beside it."""
 
 
 def is_last(entry: Entry) -> bool:
@@ -60,35 +62,57 @@ def suspect(entries: Iterable[Entry]) -> None:
                 break
 
 
+class EndsServer(Exception):
+    """An operation must not be begun once more: too many servers ended while they executed it."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
 @asynccontextmanager
-async def begun_again(run: Run, entry: Entry) -> AsyncIterator[Failure | None]:
-    """Around the execution of an operation; its failure if it has ended the server too often.
+async def executing(run: Run, entry: Entry) -> AsyncIterator[None]:
+    """Around an operation, once its turn on a worker has come.
 
-    Once that is likely, such operations are executed one at a time: then it is only counted for
-    the one that does it.
+    One that has ended two servers or more is executed while no other operation is: then only the
+    one that does it is counted. Raises EndsServer for one that must not be begun once more.
     """
-    if entry.begun_again < _QUARANTINED_AFTER:
-        yield await _count(run, entry)
-    else:
-        async with run.services.quarantine:
-            yield await _count(run, entry)
+    gate = run.services.gate
+    async with gate.alone() if is_quarantined(entry) else gate.among_others():
+        if entry.suspect:
+            await _begin(run, entry)
+        yield
 
 
-async def _count(run: Run, entry: Entry) -> Failure | None:
-    if not entry.suspect:
-        return None
+def is_quarantined(entry: Entry) -> bool:
+    """Whether it is executed while no other operation is."""
+    return not entry.state.settled and entry.begun_again >= _QUARANTINED_AFTER
+
+
+async def _begin(run: Run, entry: Entry) -> None:
     if entry.begun_again >= MOST_BEGUN_AGAIN:
         run.log.error("operation ends the server", seq=entry.seq, kind=entry.kind)
-        return Failure(
-            "operation_kills_server",
-            f"the server ended {entry.begun_again} times while it executed this {entry.kind}; the "
-            "run goes on from before it",
-            "server",
+        raise EndsServer(
+            Failure(
+                "operation_kills_server",
+                f"the server ended {entry.begun_again} times while it executed this {entry.kind}; "
+                "the run goes on from before it",
+                "server",
+            )
         )
-    entry.begun_again = await run.patiently(
-        lambda: run.services.catalog.write(
-            lambda c: journal.count_begun_again(c, run.key, entry.seq)
-        )
-    )
+    entry.begun_again = await _count(run, entry, 1)
     entry.suspect = False
-    return None
+
+
+async def left(run: Run, entry: Entry) -> None:
+    """The server stops in good order in the middle of an operation: that is none of its deaths."""
+    if entry.begun_again and not entry.suspect and not entry.state.settled:
+        entry.begun_again = await _count(run, entry, -1)
+        entry.suspect = True
+
+
+async def _count(run: Run, entry: Entry, by: int) -> int:
+    def count(connection: Connection) -> int:
+        return journal.count_begun_again(connection, run.key, entry.seq, by)
+
+    return await run.patiently(lambda: run.services.catalog.write(count))

@@ -28,7 +28,7 @@ from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Kept, Outcome
 from holdfast.runs.order import Entry
 from holdfast.runs.placement import Placement
-from holdfast.runs.poison import count_death, is_last
+from holdfast.runs.poison import count_death, executing, is_last
 from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
 from holdfast.store import Manifest, NameKey
@@ -133,7 +133,7 @@ class Publisher:
             run.order.passed(entry.seq)
             run.settle(entry.seq, published.outcome, target=published.manifest)
             return
-        copy = await self._capture(optimizer=isinstance(save, Save), alone=is_last(entry))
+        copy = await self._capture_for(entry, optimizer=isinstance(save, Save))
         covered = 0.0
         if isinstance(save, Save):  # becomes a recovery point
             covered, self.computed = self.computed, 0.0
@@ -245,7 +245,7 @@ class Publisher:
         seq = self._run.order.position
         started = time.monotonic()
         try:
-            copy = await self._capture(optimizer=optimizer, use=False)
+            copy = await self._capture(optimizer=optimizer)
         except StateGone:
             raise
         except WorkerDied:
@@ -343,11 +343,22 @@ class Publisher:
         manifest = self.manifest(captured, copy.info, seq, name=name, expires=expires)
         await self._publish(manifest, replace=True)
 
-    async def _capture(self, *, optimizer: bool, alone: bool = False, use: bool = True) -> _Copy:
-        async with self._placement.computing(alone=alone, use=use) as (engine, info):
+    async def _capture(self, *, optimizer: bool) -> _Copy:
+        """Copy the state, to keep it: no reason for it to stay in the worker's memory."""
+        async with self._placement.computing(use=False) as (engine, info):
+            capture = await engine.capture(self._placement.key, optimizer=optimizer)
+            return _Copy(capture, info, *self._placement.held_by)
+
+    async def _capture_for(self, entry: Entry, *, optimizer: bool) -> _Copy:
+        """Copy the state for a save; and write it at once if that is to be blamed for nothing."""
+        alone = is_last(entry)
+        async with (
+            self._placement.computing(alone=alone) as (engine, info),
+            executing(self._run, entry),
+        ):
             host, life = self._placement.held_by
             capture = await engine.capture(self._placement.key, optimizer=optimizer)
-            if alone:
+            if alone or entry.begun_again:
                 with suppress(EngineError):  # told to whoever publishes it
                     await capture.written()
         return _Copy(capture, info, host, life)

@@ -57,10 +57,10 @@ class Performs(Protocol):
 
     async def compute(self, entry: Entry, body: bytes) -> bytes: ...
 
-    async def create(self, config: RunConfig) -> None: ...
+    async def create(self, entry: Entry, config: RunConfig) -> None: ...
 
     async def restore(
-        self, manifest: Manifest, config: RunConfig, body: Load | CreateFromState
+        self, entry: Entry, manifest: Manifest, config: RunConfig, body: Load | CreateFromState
     ) -> None: ...
 
 
@@ -204,7 +204,8 @@ class Recovery:
         match entry.kind:
             case bodies.CREATE:
                 self._host()
-                await self._driver.create(bodies.config_from_json(Create.decode(body).config))
+                config = bodies.config_from_json(Create.decode(body).config)
+                await self._driver.create(entry, config)
             case bodies.CREATE_FROM_STATE:
                 await self._reload(entry, CreateFromState.decode(body))
             case bodies.LOAD_WEIGHTS:
@@ -295,7 +296,7 @@ class Recovery:
         try:
             _, manifest = await loading.resolve(self._run, entry, body)
             config = loading.check(self._run, manifest, body)
-            await self._driver.restore(manifest, config, body)
+            await self._driver.restore(entry, manifest, config, body)
         except (RunError, EngineError) as error:
             if error.code not in DAMAGE:
                 raise _waiting(error) from error

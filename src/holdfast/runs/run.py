@@ -21,6 +21,7 @@ from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.clock import ServingClock
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.gate import Gate
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Gap, Order, State
 from holdfast.runs.segments import Segments
@@ -58,8 +59,8 @@ class Services:
     engines: Engines
     clock: ServingClock
     stopping: Stopping
-    quarantine: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while an operation is executed that may have ended the server more than once."""
+    gate: Gate = field(default_factory=Gate)
+    """Passed by every operation that a worker executes."""
 
 
 @dataclass(frozen=True, slots=True)
