@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -21,7 +22,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog, migrations, tables
+from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog, database, migrations, tables
 from holdfast.catalog.database import SYNC_FAILED
 
 
@@ -312,3 +313,15 @@ def test_an_index_of_the_first_schema_is_made_anew(tmp_path: Path) -> None:
     assert catalog.read_now(lambda c: c.execute(sa.select(tables.checkpoint_files)).all()) == []
     assert catalog.read_now(count) == 1
     catalog.close()
+
+
+@pytest.mark.anyio
+async def test_a_database_that_hangs_is_not_waited_for_without_end(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "READ_TAKES", 0.1)
+    answers = threading.Event()
+    with pytest.raises(CatalogUnavailable, match="has not answered for 0 s"):
+        await catalog.read(lambda _: answers.wait(30.0))
+    answers.set()
+    assert await catalog.read(count) == 0

@@ -628,3 +628,13 @@ def test_a_request_that_comes_after_its_number_was_skipped_fails_and_spoils_the_
     assert "request 1 " in spoiled["error"]["message"]
     elixir.result(elixir.forward_backward(4))
     assert elixir.result(elixir.optim_step(5))["metrics"]["step"] == 1
+
+
+def test_an_idempotency_key_that_no_index_would_take_is_refused(server: ServerProcess) -> None:
+    with http_client(server) as http:
+        for length, status in ((1000, 200), (1001, 400)):
+            headers = {"x-idempotency-key": length * "k"}
+            body = {"tags": [], "sdk_version": "0"}
+            answer = http.post("create_session", json=body, headers=headers)
+            assert answer.status_code == status, answer.text
+        assert "1001 characters; at most 1000" in answer.json()["detail"]

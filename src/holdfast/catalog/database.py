@@ -33,6 +33,8 @@ sysexits.h."""
 TAKEN_OVER = 75
 """That of a server whose place another one has taken: EX_TEMPFAIL, since it is no error."""
 
+READ_TAKES = 60.0
+"""Seconds after which a read is given up: the database may hang with its connections open."""
 LEASE_WAITS = 5.0
 """Seconds for which a lease is waited for: that of a server that was killed just now ends soon."""
 IN_DOUBT = 30.0
@@ -130,9 +132,15 @@ class Catalog:
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` on a connection of its own, in a thread.
 
-        Raises CatalogUnavailable when it cannot be read now.
+        Raises CatalogUnavailable when it cannot be read now, or does not answer.
         """
-        return await asyncio.to_thread(self.read_now, work)
+        try:
+            async with asyncio.timeout(READ_TAKES):
+                return await asyncio.to_thread(self.read_now, work)
+        except TimeoutError:
+            raise CatalogUnavailable(
+                f"the catalog {self.address} has not answered for {READ_TAKES:.0f} s"
+            ) from None
 
     def read_now(self, work: Callable[[sa.Connection], T]) -> T:
         """`read` for callers without an event loop. Repeated when its connection was lost."""

@@ -11,11 +11,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from holdfast.protocol.errors import PermissionDeniedError
+from holdfast.protocol.errors import PermissionDeniedError, RequestError
 from holdfast.runs.service import ELIXIR, Runs
 from holdfast.server.archive import Reading
 from holdfast.server.auth import Keys
 from holdfast.server.settings import Settings
+
+LONGEST_IDEMPOTENCY_KEY = 1000
+"""Characters; a database's index takes no key of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,17 @@ def api_key(request: Request) -> str | None:
     if key is None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = key if scheme.lower() == "bearer" else None
+    return key
+
+
+def idempotency_key(request: Request) -> str | None:
+    """By which a repeated request is known. Raises RequestError for one that is too long."""
+    key = request.headers.get("x-idempotency-key")
+    if key is not None and len(key) > LONGEST_IDEMPOTENCY_KEY:
+        raise RequestError(
+            f"an x-idempotency-key of {len(key)} characters; at most {LONGEST_IDEMPOTENCY_KEY} "
+            "are taken"
+        )
     return key
 
 

@@ -35,7 +35,7 @@ from holdfast.runs.checkpoints import Checkpoint as Row
 from holdfast.runs.checkpoints import check_ttl
 from holdfast.runs.copies import Destination
 from holdfast.runs.errors import RunError
-from holdfast.server.context import Context, ContextDep, OwnerDep, RunsDep
+from holdfast.server.context import Context, ContextDep, OwnerDep, RunsDep, idempotency_key
 from holdfast.server.routes.models import check_optimizer
 from holdfast.server.submit import submit
 from holdfast.store import Manifest, NameKey
@@ -140,7 +140,7 @@ async def load_weights(
         body.model_seq_id,
         creation,
         user_metadata=body.user_metadata,
-        idempotency_key=request.headers.get("x-idempotency-key"),
+        idempotency_key=idempotency_key(request),
     )
     return FutureHandle(request_id=run.key.request_id(0), model_id=run.key.id).to_json()
 
@@ -163,7 +163,7 @@ async def copy_weights(
         destination=destination,
         project_id=body.destination_project_id,
         ttl_seconds=body.ttl_seconds,
-        idempotency_key=request.headers.get("x-idempotency-key"),
+        idempotency_key=idempotency_key(request),
     )
     return CopyWeightsResponse(tinker_path=f"tinker://{copied}").to_json()
 

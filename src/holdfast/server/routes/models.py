@@ -17,7 +17,7 @@ from holdfast.protocol.training import (
     UnloadModelResponse,
 )
 from holdfast.runs.errors import RunError
-from holdfast.server.context import ContextDep, OwnerDep, RunsDep
+from holdfast.server.context import ContextDep, OwnerDep, RunsDep, idempotency_key
 
 router = APIRouter()
 
@@ -53,7 +53,7 @@ async def create_model(
         lora=lora.model_dump(),
         optimizer=check_optimizer(body.optimizer_config),
         user_metadata=body.user_metadata,
-        idempotency_key=request.headers.get("x-idempotency-key"),
+        idempotency_key=idempotency_key(request),
     )
     return FutureHandle(request_id=run.key.request_id(0), model_id=run.key.id).to_json()
 

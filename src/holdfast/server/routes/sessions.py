@@ -28,7 +28,7 @@ from holdfast.runs.errors import RunError
 from holdfast.runs.search import DEFAULT_PROJECT, Found, search
 from holdfast.runs.search import Query as Search
 from holdfast.runs.sessions import Session
-from holdfast.server.context import FamilyDep, OwnerDep, RunsDep
+from holdfast.server.context import FamilyDep, OwnerDep, RunsDep, idempotency_key
 
 router = APIRouter()
 
@@ -43,7 +43,7 @@ async def create_session(
     session = await runs.sessions.create(
         owner,
         client=family,
-        idempotency_key=request.headers.get("x-idempotency-key"),
+        idempotency_key=idempotency_key(request),
         sdk_version=body.sdk_version,
         tags=body.tags,
         user_metadata=body.user_metadata,
