@@ -120,6 +120,11 @@ def test_a_server_refuses_a_store_that_is_not_its_catalogs(
     open_store(other / "store").close()
     message = fails("serve", "--data-dir", other, "--port", 0)
     assert str(other / "store") in message and "none of the checkpoints" in message
+    # Nor is anything noted, so that the right store, or catalog, can be named next.
+    new = tmp_path / "new"
+    assert "none of the checkpoints" in fails("serve", "--data-dir", new, "--port", 0)
+    assert {file.name for file in (*other.iterdir(), *new.iterdir())} <= {"lock", "store"}
+    assert not (new / "store").exists()
 
 
 @pytest.mark.parametrize(

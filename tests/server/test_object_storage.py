@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from holdfast.catalog import Catalog
 from holdfast.cli.main import main
 from holdfast.cli.serve import command as serve_command
 from holdfast.server.data_dir import CannotUse, existing_store, location, remember
@@ -81,10 +82,12 @@ def test_a_store_that_cannot_be_used_is_told_in_one_sentence(s3: S3Server, tmp_p
 def test_a_data_directory_stays_with_its_store(tmp_path: Path) -> None:
     assert location(tmp_path, None) == tmp_path / "store"
     assert location(tmp_path, "s3://bucket/x/") == "s3://bucket/x"
-    remember(tmp_path, None)
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    remember(tmp_path, None, catalog)
     assert location(tmp_path, None) == tmp_path / "store"
-    remember(tmp_path, "s3://bucket/x/")
-    remember(tmp_path, "s3://bucket/x")
+    remember(tmp_path, "s3://bucket/x/", catalog)
+    remember(tmp_path, "s3://bucket/x", catalog)
+    catalog.close()
     assert location(tmp_path, None) == "s3://bucket/x" == location(tmp_path, "s3://bucket/x/")
     with pytest.raises(CannotUse, match=r"are in s3://bucket/x, not in gs://other: leave --store"):
         location(tmp_path, "gs://other")

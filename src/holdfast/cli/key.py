@@ -63,7 +63,7 @@ def revoke(key_id: str, data_dir: Path, catalog: str | None) -> None:
 @contextmanager
 def _keys(data_dir: Path, url: str | None) -> Iterator[Keys]:
     from holdfast.server.auth import Keys
-    from holdfast.server.data_dir import open_catalog
+    from holdfast.server.data_dir import open_catalog, remember
 
     directory = data_dir.expanduser().absolute()
     with offline_errors():
@@ -72,4 +72,5 @@ def _keys(data_dir: Path, url: str | None) -> Iterator[Keys]:
         except OSError as error:
             raise click.ClickException(f"cannot use {directory}: {error.strerror}") from error
         with closing(open_catalog(directory, url)) as catalog:
+            remember(directory, None, catalog)
             yield Keys(catalog)

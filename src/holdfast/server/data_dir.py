@@ -61,7 +61,7 @@ def existing(path: Path, url: str | None, catalog_url: str | None = None) -> Ite
             with _using(path):
                 path.mkdir(parents=True, exist_ok=True)
         with closing(open_catalog(path, catalog_url)) as catalog:
-            remember(path, url)
+            remember(path, url, catalog)
             yield DataDir(path, catalog, store)
 
 
@@ -80,15 +80,8 @@ def looked_at(path: Path, url: str | None, catalog_url: str | None = None) -> It
 
 
 def open_catalog(path: Path, url: str | None) -> Catalog:
-    """Open the catalog at an address, or that of a data directory, which then notes it.
-
-    The note has no password. Raises CannotUse.
-    """
-    address = _catalog_location(path, url)
-    catalog = _open_catalog(path, address, create=True)
-    if address is not None:
-        _note(path, CATALOG_URL, catalog.address)
-    return catalog
+    """Open the catalog at an address, or that of a data directory. Raises CannotUse."""
+    return _open_catalog(path, _catalog_location(path, url), create=True)
 
 
 def _open_catalog(path: Path, address: str | None, *, create: bool) -> Catalog:
@@ -167,10 +160,15 @@ def location(path: Path, url: str | None) -> str | Path:
     return url
 
 
-def remember(path: Path, url: str | None) -> None:
-    """Note durably which store, given by its address, a data directory is used with."""
+def remember(path: Path, url: str | None, catalog: Catalog) -> None:
+    """Note durably which store, given by its address, and catalog a data directory is used with.
+
+    The catalog's address is noted without a password.
+    """
     if url is not None:
         _note(path, STORE_URL, check_url(url))
+    if not catalog.is_local:
+        _note(path, CATALOG_URL, catalog.address)
 
 
 def _noted(path: Path, name: str) -> str | None:

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import queue
+import shutil
 import socket
 import sys
 import threading
@@ -61,12 +62,18 @@ def serve(settings: Settings) -> None:
         catalog = open_catalog(settings.data_dir, settings.catalog)
         try:
             where = location(settings.data_dir, settings.store)
+            is_new = isinstance(where, Path) and not where.exists()
             store = open_store(where)
-            remember(settings.data_dir, settings.store)
         except StoreError as error:
             raise CannotServe(str(error)) from error
         try:
-            _log.info("started", epoch=_claim(settings, catalog, store, where))
+            try:
+                _log.info("started", epoch=_claim(settings, catalog, store, where))
+            except CannotServe:
+                if is_new:  # or the directory would be taken for one with checkpoints in it
+                    shutil.rmtree(where)
+                raise
+            remember(settings.data_dir, settings.store, catalog)
             app = create_app(settings, catalog, store, _starter(settings, where))
             port = listening.getsockname()[1]
             _announce(settings, catalog, where, port)
