@@ -269,7 +269,7 @@ def loaded_models(service: ServiceClient) -> list[str]:
     """
     alive: list[str] = []
     for model_id in models(service):
-        request = {"model_id": model_id, "seq_id": 1_000_000, "adam_params": {}}
+        request = {"model_id": model_id, "seq_id": 5_000, "adam_params": {}}
         answer = service._session.server.call(
             "POST", "optim_step", request, accept=frozenset(range(400, 500))
         )
