@@ -26,7 +26,7 @@ from holdfast.runs.sessions import Sessions
 from holdfast.store import LocalStore, NameKey, Unavailable
 
 from .sim import World
-from .test_service import OWNER, Clients, steps
+from .test_service import OWNER, Clients, create_run, steps
 from .toy import NAME, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -590,15 +590,7 @@ def test_requests_to_a_model_that_was_created_anew_have_an_outcome(clients: Clie
     world.hangs = 1
 
     async def create(seed: int) -> Run:
-        return await world.runs.create(
-            session,
-            77,
-            base_model=NAME,
-            lora={"rank": 1, "seed": seed},
-            optimizer="adamw",
-            user_metadata=None,
-            idempotency_key=None,
-        )
+        return await create_run(world, session, 77, {"rank": 1, "seed": seed})
 
     before = clients._do(lambda: create(1))
     first = clients._do(lambda: before.submit(1, bodies.FORWARD_BACKWARD, batch(1)))
@@ -617,15 +609,7 @@ def test_requests_to_an_older_model_are_known_also_when_the_newer_one_has_ended_
     world.hangs = 1
 
     async def create(seed: int) -> Run:
-        return await world.runs.create(
-            session,
-            77,
-            base_model=NAME,
-            lora={"rank": 1, "seed": seed},
-            optimizer="adamw",
-            user_metadata=None,
-            idempotency_key=None,
-        )
+        return await create_run(world, session, 77, {"rank": 1, "seed": seed})
 
     honest, older = journal.settle, clients._do(lambda: create(1))
 

@@ -27,7 +27,7 @@ from holdfast.store import DiskFull, Manifest, NameKey
 
 from .model import Op
 from .sim import Killed, World
-from .test_service import OWNER, Clients, steps
+from .test_service import OWNER, Clients, create_run, steps
 from .toy import NAME, OTHER, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -611,16 +611,7 @@ def compute_beside_what_ends_the_server(clients: Clients) -> Outcome:
     session = clients.sessions[0]
 
     async def create() -> Run:
-        lora = {"rank": 1, "seed": 1}
-        return await world.runs.create(
-            session,
-            7,
-            base_model=OTHER,
-            lora=lora,
-            optimizer="adamw",
-            user_metadata=None,
-            idempotency_key=None,
-        )
+        return await create_run(world, session, 7, {"rank": 1, "seed": 1}, base_model=OTHER)
 
     key = clients._do(create).key
     world.let(10.0)

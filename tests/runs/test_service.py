@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -63,6 +63,27 @@ names = st.sampled_from(["a", "b", "c"])
 
 def steps(rate: float = 0.5) -> OptimStep:
     return OptimStep(rate, 0.9, 0.95, 1e-12, 0.0, 0.0)
+
+
+async def create_run(
+    world: World,
+    session: Session,
+    number: int,
+    lora: Mapping[str, Any],
+    *,
+    base_model: str = NAME,
+    key: str | None = None,
+) -> Run:
+    """A model as a client creates it; `key` tells a repetition."""
+    return await world.runs.create(
+        session,
+        number,
+        base_model=base_model,
+        lora=lora,
+        optimizer="adamw",
+        user_metadata=None,
+        idempotency_key=key,
+    )
 
 
 class Clients(Trouble):
@@ -126,15 +147,7 @@ class Clients(Trouble):
         lora: dict[str, Any] = {"rank": rank, "seed": pick}
 
         async def call() -> Run:
-            return await self._world.runs.create(
-                session,
-                number,
-                base_model=NAME,
-                lora=lora,
-                optimizer="adamw",
-                user_metadata=None,
-                idempotency_key=key,
-            )
+            return await create_run(self._world, session, number, lora, key=key)
 
         run = self._do(call)
         assert self._do(call).key == run.key, "a repeated creation made another run"
@@ -179,15 +192,7 @@ class Clients(Trouble):
         lora: dict[str, Any] = {"rank": 1, "seed": pick}
 
         async def call() -> Run:
-            return await self._world.runs.create(
-                session,
-                number,
-                base_model=NAME,
-                lora=lora,
-                optimizer="adamw",
-                user_metadata=None,
-                idempotency_key=key,
-            )
+            return await create_run(self._world, session, number, lora, key=key)
 
         run = self._do(call)
         assert run.key == RunKey(before.id, before.generation + 1)
