@@ -144,13 +144,15 @@ class Disturber:
 
     def _follow(self, planned: Iterable[Disturbance]) -> None:
         for disturbance in planned:
-            if not self._wait_for_progress() or self._stop.wait(disturbance.pause):
-                return
-            began = time.monotonic()
-            self._disturb(disturbance)
-            for since in list(self._since.values()):
-                since.disturbances += 1
-                since.outage += time.monotonic() - began
+            done = False
+            while not done:
+                if not self._wait_for_progress() or self._stop.wait(disturbance.pause):
+                    return
+                began = time.monotonic()
+                done = self._disturb(disturbance)
+                for since in list(self._since.values()):
+                    since.disturbances += 1
+                    since.outage += time.monotonic() - began
 
     def _wait_for_progress(self) -> bool:
         """Wait until the script has made a step, and every tenant one before it is too much."""
@@ -172,7 +174,8 @@ class Disturber:
                 self._server.launch()  # it may come to the next one while it starts
         self.not_reached += left
 
-    def _disturb(self, what: Disturbance) -> None:
+    def _disturb(self, what: Disturbance) -> bool:
+        """False when it was not possible now; then the server was only restarted."""
         server, seconds = self._server, what.seconds
         match what.kind:
             case "kill server":
@@ -192,7 +195,7 @@ class Disturber:
             case "die at a point":
                 if not self._die_at(what.point):
                     self.done[f"not reached: {what.point}"] += 1
-                    return
+                    return True
             case "restart":
                 server.restart()
             case "hung worker":
@@ -210,8 +213,7 @@ class Disturber:
                 damaged = damage_newest_snapshot(server, manifest=what.kind == "damaged manifest")
                 server.start()
                 if not damaged:
-                    self.done["restart"] += 1
-                    return
+                    return False
             case _:
                 during, _, trouble = what.kind.rpartition(", ")
                 with self._trouble(trouble):
@@ -220,6 +222,7 @@ class Disturber:
                         self._start_in_trouble(during, seconds / 2)
                 server.keep_starting()
         self.done[what.name] += 1
+        return True
 
     def _disturb_postgres(self, kind: Kind, seconds: float) -> None:
         postgres = self._server.postgres
