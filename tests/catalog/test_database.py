@@ -22,7 +22,15 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from holdfast.catalog import Catalog, CatalogUnavailable, NewerCatalog, database, migrations, tables
+from holdfast.catalog import (
+    Catalog,
+    CatalogUnavailable,
+    NewerCatalog,
+    database,
+    epoch,
+    migrations,
+    tables,
+)
 from holdfast.catalog.database import SYNC_FAILED
 
 
@@ -309,6 +317,7 @@ def test_an_index_of_the_first_schema_is_made_anew(tmp_path: Path) -> None:
         )
     engine.dispose()
     catalog = Catalog.open_file(tmp_path / "catalog.db")
+    assert catalog.read_now(epoch.current).who.startswith("an upgrade of its tables, since 2")
     assert catalog.read_now(lambda c: c.execute(sa.select(tables.checkpoints)).all()) == []
     assert catalog.read_now(lambda c: c.execute(sa.select(tables.checkpoint_files)).all()) == []
     assert catalog.read_now(count) == 1
@@ -324,4 +333,5 @@ async def test_a_database_that_hangs_is_not_waited_for_without_end(
     with pytest.raises(CatalogUnavailable, match="has not answered for 0 s"):
         await catalog.read(lambda _: answers.wait(30.0))
     answers.set()
+    monkeypatch.undo()
     assert await catalog.read(count) == 0

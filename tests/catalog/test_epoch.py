@@ -95,7 +95,7 @@ def test_a_server_that_was_replaced_ends_and_changes_nothing(
 ) -> None:
     found = ended[case]
     assert (found.status, found.output) == (TAKEN_OVER, ["begun"]), found.log
-    assert "another server has taken this catalog over (the new server, since" in found.log
+    assert "this catalog has been taken over by the new server, since" in found.log
     assert "the epoch is 2, and 1 was this server's" in found.log
     assert "Traceback" not in found.log
     assert found.in_store() == ended[Case("nothing", True)].in_store()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from holdfast.catalog import Catalog, database
+from holdfast.catalog import Catalog, database, tables
+from holdfast.catalog.database import TAKEN_OVER
 from holdfast.server.data_dir import existing
 from holdfast.store import Store, open_store
 from tests.cli.samples import add_checkpoint, fails, holdfast
@@ -70,6 +74,53 @@ def test_doctor_looks_beside_a_server_and_repairs_without_one(
     server.close()
     repaired = json.loads(holdfast("doctor", "--repair", "--json").stdout)
     assert repaired["ok"] and repaired["repaired"]["listed"] == 1, (repaired, manifest)
+
+
+CUT_OFF = """
+import asyncio, sys
+from functools import partial
+from holdfast.catalog import Catalog
+from tests.catalog.replaced import add_key
+
+catalog = Catalog.open(sys.argv[1])
+asyncio.run(catalog.claim("the server"))
+print("claimed", flush=True)
+sys.stdin.readline()
+asyncio.run(catalog.write(partial(add_key, key="late")))
+print("stored", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "kept"), [(["--repair"], TAKEN_OVER, []), ([], 0, ["late"])]
+)
+def test_a_server_that_was_cut_off_does_not_go_on_after_a_repair(
+    address: str,
+    postgres: Postgres,
+    store: Store,
+    options: list[str],
+    status: int,
+    kept: list[str],
+) -> None:
+    """What it knows may not be so any more. It may after somebody has only looked."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CUT_OFF, address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as server:
+        assert server.stdout is not None and server.stdout.readline() == "claimed\n"
+        assert postgres.cut_off(address) > 0
+        assert holdfast("doctor", *options).exit_code == 0
+        output, log = server.communicate("go on\n", timeout=60)
+    assert server.returncode == status, log
+    assert output == ("stored\n" if kept else "")
+    assert ("taken over by holdfast doctor --repair, process" in log) == bool(options)
+    catalog = Catalog.open(address)
+    assert catalog.read_now(lambda c: list(c.scalars(sa.select(tables.api_keys.c.id)))) == kept
+    catalog.close()
 
 
 def test_where_the_catalog_is_need_not_be_said_again(

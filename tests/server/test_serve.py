@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import httpx2
 import pytest
 
 from holdfast.cli.server_process import free_port
+from holdfast.server import serve
+from holdfast.server.data_dir import CannotUse
+from holdfast.server.settings import Settings
 from tests.support.raw import RawRun
 from tests.support.server import ServerProcess
 
@@ -49,6 +53,21 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         message = refusal(f"--data-dir={tmp_path}", f"--port={port}")
     assert str(port) in message
     assert "--port" in message
+
+
+def test_a_start_that_is_refused_leaves_no_catalog_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def writers() -> int:
+        return [thread.name for thread in threading.enumerate()].count("catalog-writer")
+
+    before = writers()
+    monkeypatch.setattr(serve, "_configure_log", lambda: None)  # that of these tests stays
+    (tmp_path / "store-url").write_text("s3://one/store")
+    with pytest.raises(CannotUse, match="s3://one/store"):
+        serve.serve(Settings(data_dir=tmp_path, port=0, store="s3://another/store"))
+    assert (tmp_path / "catalog.db").exists()
+    assert writers() == before
 
 
 def test_an_address_for_others_needs_keys(tmp_path: Path) -> None:

@@ -162,6 +162,13 @@ class Postgres:
             )
         )
 
+    def processes(self) -> list[int]:
+        """All of the server: the one that lets sessions begin, and those that serve them."""
+        assert self._process is not None
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [pid, *map(int, children.split())]
+
     def sessions(self, address: str) -> int:
         name = address.rpartition("/")[2]
         found: int = self.execute(

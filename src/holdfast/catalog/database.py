@@ -18,7 +18,7 @@ from typing import Any, Generic, NoReturn, Self, TypeVar
 import sqlalchemy as sa
 
 from holdfast import failpoints
-from holdfast.catalog import epoch
+from holdfast.catalog import deadline, epoch
 from holdfast.catalog.backend import UNAVAILABLE, Backend
 from holdfast.catalog.errors import CatalogInUse, CatalogUnavailable, EpochLost, SyncFailed
 from holdfast.catalog.migrations import upgrade
@@ -31,13 +31,18 @@ SYNC_FAILED = 74
 """The exit status of a process that cannot know what of its last write is durable: EX_IOERR of
 sysexits.h."""
 TAKEN_OVER = 75
-"""That of a server whose place another one has taken: EX_TEMPFAIL, since it is no error."""
+"""That of a server whose place another one, or a repair, has taken: EX_TEMPFAIL, since it is no
+error."""
 
 READ_TAKES = 60.0
 """Seconds after which a read is given up: the database may hang with its connections open."""
+WRITE_TAKES = 30.0
+"""Seconds after which a transaction is given up, with the connection that has not answered."""
+WRITE_WAITS = 30.0
+"""Seconds for which a write waits for those before it."""
 LEASE_WAITS = 5.0
 """Seconds for which a lease is waited for: that of a server that was killed just now ends soon."""
-IN_DOUBT = 30.0
+IN_DOUBT = 60.0
 """Seconds within which it must be found out what became of a commit that was not answered."""
 
 _MOST_IN_ONE_COMMIT = 256
@@ -69,6 +74,8 @@ class Catalog:
         self._connection: sa.Connection | None = None
         self._since_tidied = 0
         self._waiting: deque[_Work[Any]] = deque()
+        self._taking = threading.Lock()
+        """Held while writes leave those that wait: to the writer, or given up."""
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """For the writer: True when something waits, False at the end."""
         self._is_called = False
@@ -120,14 +127,20 @@ class Catalog:
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in a transaction and return its result once that is durable.
 
-        Cancelling the caller does not take the write back.
+        Cancelling the caller does not take the write back. Raises CatalogUnavailable when nothing
+        was stored and the same may work later.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._waiting.append(_Work(work, loop, future))
+        item = _Work(work, loop, future)
+        self._waiting.append(item)
         # Not at once: what this turn of the loop brings besides shares the commit.
         loop.call_soon(self._call_writer)
-        return await future
+        patience = loop.call_later(WRITE_WAITS, self._give_up, item)
+        try:
+            return await future
+        finally:
+            patience.cancel()
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` on a connection of its own, in a thread.
@@ -145,13 +158,14 @@ class Catalog:
     def read_now(self, work: Callable[[sa.Connection], T]) -> T:
         """`read` for callers without an event loop. Repeated when its connection was lost."""
         try:
-            try:
-                return self._read(work)
-            except sa.exc.DBAPIError as error:
-                if not self._backend.is_lost(error):
-                    raise
-                self._engine.dispose()  # those that wait in the pool are lost as well
-                return self._read(work)
+            with deadline.within(READ_TAKES):
+                try:
+                    return self._read(work)
+                except sa.exc.DBAPIError as error:
+                    if not self._backend.is_lost(error) or deadline.is_over():
+                        raise
+                    self._engine.dispose()  # those that wait in the pool are lost as well
+                    return self._read(work)
         except (*UNAVAILABLE, sa.exc.TimeoutError, OSError) as error:
             raise CatalogUnavailable(
                 f"the catalog cannot be read: {_in_one_line(error)}"
@@ -169,39 +183,32 @@ class Catalog:
         self._before_commit.append(call)
 
     async def claim(self, holder: str) -> int:
-        """Take the catalog for a server, described by `holder`; the epoch that it begins.
+        """Take the catalog for a server, or for a repair, described by `holder`; the epoch that
+        it begins.
 
-        From then on every write of this object is made only as long as no other server has done
-        the same: the process ends with TAKEN_OVER otherwise, and what it was about to commit is
-        not stored. Raises CatalogInUse while another server has it.
+        From then on every write of this object is made only as long as nobody else has done the
+        same: the process ends with TAKEN_OVER otherwise, and what it was about to commit is not
+        stored. Raises CatalogInUse while somebody else has it.
         """
         assert self._epoch is None, "claimed already"
-        self._epoch = await self._take_lease(lambda c: epoch.begin(c, holder))
-        return self._epoch
 
-    async def hold(self) -> None:
-        """Have the catalog to oneself, without being a server. Raises CatalogInUse."""
-        await self._take_lease(lambda _: None)
-
-    async def _take_lease(self, and_then: Callable[[sa.Connection], T]) -> T:
-        """Take the lease and, in the same transaction, do what wants it."""
-
-        def take(connection: sa.Connection) -> tuple[T] | None:
+        def take(connection: sa.Connection) -> int | None:
             # Noted before the commit: should its answer be lost with the connection, and hence the
             # lease, whichever connection takes its place has to have the lease too.
             self._leased = self._backend.take_lease(connection)
-            return (and_then(connection),) if self._leased else None
+            return epoch.begin(connection, holder) if self._leased else None
 
-        deadline = time.monotonic() + LEASE_WAITS
-        while (done := await self.write(take)) is None:
-            if time.monotonic() > deadline:
+        end = time.monotonic() + LEASE_WAITS
+        while (begun := await self.write(take)) is None:
+            if time.monotonic() > end:
                 found = await self.read(epoch.current)
                 raise CatalogInUse(
-                    f"the catalog {self.address} is in use; the server that started last is "
+                    f"the catalog {self.address} is in use; the last one to take it was "
                     f"{found.who}: stop it, or name another --catalog"
                 )
             await asyncio.sleep(_PAUSE)
-        return done[0]
+        self._epoch = begun
+        return begun
 
     def verify_epoch(self) -> None:
         """End the process if another server has taken the catalog over since it was claimed.
@@ -232,11 +239,27 @@ class Catalog:
             goes_on = self._next_call()
             self._is_called = False  # before it counts: what comes later calls again
             waiting = len(self._waiting)
-            while waiting:
-                size = min(waiting, _MOST_IN_ONE_COMMIT)
-                self._commit([self._waiting.popleft() for _ in range(size)])
-                waiting -= size
+            while waiting > 0 and (batch := self._next_batch(waiting)):
+                with deadline.within(WRITE_TAKES):
+                    self._commit(batch)
+                waiting -= len(batch)
         self._disconnect()
+
+    def _next_batch(self, waiting: int) -> list[_Work[Any]]:
+        with self._taking:
+            size = min(waiting, len(self._waiting), _MOST_IN_ONE_COMMIT)
+            return [self._waiting.popleft() for _ in range(size)]
+
+    def _give_up(self, item: _Work[Any]) -> None:
+        """Have a write whose turn has not come not be made at all."""
+        with self._taking:
+            if item not in self._waiting:
+                return
+            self._waiting.remove(item)
+        item.error = CatalogUnavailable(
+            f"the catalog {self.address} has not come to this write for {WRITE_WAITS:.0f} s"
+        )
+        item.resolve()
 
     def _next_call(self) -> bool:
         """Wait until something is to be written. Meanwhile tidy, when that is due."""
@@ -262,7 +285,7 @@ class Catalog:
             try:
                 self._attempt(batch)
             except sa.exc.DBAPIError as error:
-                if not self._backend.is_lost(error):
+                if not self._backend.is_lost(error) or deadline.is_over():
                     raise
                 self._disconnect()
                 self._attempt(batch)  # nothing was stored
@@ -321,19 +344,20 @@ class Catalog:
         """What became of a commit whose answer was lost. Ends the process if nobody can tell."""
         self._disconnect()
         reason = "its transaction is not over"
-        deadline = time.monotonic() + IN_DOUBT
+        end = time.monotonic() + IN_DOUBT
         while True:
             try:
-                connection = self._connected()
-                with connection.begin():
-                    found = self._backend.outcome(connection, transaction_id)
+                with deadline.within(end - time.monotonic()):
+                    connection = self._connected()
+                    with connection.begin():
+                        found = self._backend.outcome(connection, transaction_id)
                 if found is not None:
                     return found
             except (*UNAVAILABLE, CatalogUnavailable) as error:
                 reason = _in_one_line(error)
             except sa.exc.DBAPIError as error:  # another database, which does not know it
-                reason, deadline = _in_one_line(error), 0.0
-            if time.monotonic() > deadline:
+                reason, end = _in_one_line(error), 0.0
+            if time.monotonic() > end:
                 _end_unsynced(
                     "the connection to the catalog was lost during a commit, and what became of "
                     f"that is not known: {reason}"
@@ -368,7 +392,7 @@ class Catalog:
             _close(connection)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Work(Generic[T]):
     call: Callable[[sa.Connection], T]
     loop: asyncio.AbstractEventLoop
@@ -432,7 +456,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _end_taken_over(error: EpochLost) -> NoReturn:
-    _log.critical("%s; nothing more of what this server does is kept, and it ends", error)
+    _log.critical("%s; nothing more of what this process does is kept, and it ends", error)
     os._exit(TAKEN_OVER)
 
 

@@ -1,5 +1,7 @@
 """Whose catalog it is: a number that each start of a server raises, and who raised it.
 
+So does who has it to itself for another reason, to repair it or to change its tables.
+
 A server that was suspended, or cut off, may come back when another one has taken its place. What it
 still has in hand must change nothing: each of its transactions reads the number first, and goes on
 only if that is the one that it raised itself. The number cannot change between that and the commit:
@@ -25,13 +27,13 @@ _LOCK = Statement(sa.select(epoch.c.number).with_for_update(read=True))
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """The server that started last."""
+    """Who took the catalog last."""
 
     number: int
     holder: str | None
-    """Which machine and process it was; None before the first one."""
+    """Which process of which machine it was; None before the first one."""
     raised: float | None
-    """When it started, in UTC seconds."""
+    """When that was, in UTC seconds."""
 
     @property
     def who(self) -> str:
@@ -62,6 +64,6 @@ def check(connection: sa.Connection, mine: int) -> None:
 def lost(found: Epoch, mine: int) -> EpochLost:
     """The error that says who has taken over, and when."""
     return EpochLost(
-        f"another server has taken this catalog over ({found.who}): "
+        f"this catalog has been taken over by {found.who}: "
         f"the epoch is {found.number}, and {mine} was this server's"
     )

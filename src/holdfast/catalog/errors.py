@@ -38,4 +38,4 @@ class SyncFailed(Exception):
 
 
 class EpochLost(Exception):
-    """Another server has taken the catalog over."""
+    """Another server, or a repair, has taken the catalog over."""

@@ -12,6 +12,10 @@ machine answers for it, until somebody kills it or ends its session (`pg_termina
 transaction's id is known before, and PostgreSQL tells what became of it once it is over: which it
 is when the lease of its session is free. If that cannot be found out within a while, the process
 ends as after a failed sync, and the next one sees what is there.
+
+**A server that does not answer** ends nothing by itself. What it is asked has a deadline (see
+`holdfast.catalog.session`), after which its connection is closed and is a lost one. There is no
+`statement_timeout` for writing: it would end a commit's wait for a standby, and have it answered.
 """
 
 from __future__ import annotations
@@ -172,6 +176,14 @@ def _without_secrets(url: sa.URL) -> str:
 
 
 def _configure(engine: sa.Engine) -> None:
+    from holdfast.catalog.session import Session
+
+    @sa.event.listens_for(engine, "do_connect")
+    def open_session(
+        _dialect: sa.Dialect, _record: object, args: list[Any], settings: dict[str, Any]
+    ) -> Session:
+        return Session.open(*args, **settings)
+
     @sa.event.listens_for(engine, "connect")
     def connect(connection: psycopg.Connection[Any], _record: object) -> None:
         version = connection.info.server_version // 10_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from holdfast.cli.output import as_json, bytes_progress, count, print_facts, pri
 
 if TYPE_CHECKING:
     from holdfast.runs.doctor import Diagnosis, Repaired
+    from holdfast.server.data_dir import DataDir
 
 
 @click.command(name="doctor")
@@ -44,7 +47,7 @@ def command(
         exclusive(directory) if repair else nullcontext(),
     ):
         if repair:
-            asyncio.run(opened.catalog.hold())
+            _take(opened)
         parts = opened.store, opened.catalog, opened.segments
         with bytes_progress("reading everything in the store", None) as show:
             found = asyncio.run(doctor.examine(*parts, progress=show))
@@ -58,6 +61,14 @@ def command(
         _show(found, repaired)
     if not found.ok:
         raise SystemExit(1)
+
+
+def _take(opened: DataDir) -> None:
+    """As a server does, so that one that was cut off from a shared catalog ends, and goes not on
+    with what it knew of it before."""
+    who = f"holdfast doctor --repair, process {os.getpid()} on {socket.gethostname()}"
+    asyncio.run(opened.catalog.claim(who))
+    opened.store.before_change(opened.catalog.verify_epoch)
 
 
 def _show(found: Diagnosis, repaired: Repaired | None) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TextIO, cast
@@ -58,15 +58,18 @@ class CannotServe(CannotUse):
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotUse before anything was served."""
     _configure_log()
-    with exclusive(settings.data_dir), _socket(settings) as listening:
-        catalog = open_catalog(settings.data_dir, settings.catalog)
+    with (
+        exclusive(settings.data_dir),
+        _socket(settings) as listening,
+        closing(open_catalog(settings.data_dir, settings.catalog)) as catalog,
+    ):
+        where = location(settings.data_dir, settings.store)
+        is_new = isinstance(where, Path) and not where.exists()
         try:
-            where = location(settings.data_dir, settings.store)
-            is_new = isinstance(where, Path) and not where.exists()
             store = open_store(where)
         except StoreError as error:
             raise CannotServe(str(error)) from error
-        try:
+        with store:
             try:
                 _log.info("started", epoch=_claim(settings, catalog, store, where))
             except CannotServe:
@@ -89,9 +92,6 @@ def serve(settings: Settings) -> None:
             )
             gc.freeze()  # modules stay: neither collections nor the end need to look at them
             _Server(config, app.state.context.runs, settings.stop_within).run(sockets=[listening])
-        finally:
-            store.close()
-            catalog.close()
 
 
 def _claim(settings: Settings, catalog: Catalog, store: Store, where: str | Path) -> int:

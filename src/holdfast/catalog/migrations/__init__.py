@@ -6,10 +6,14 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from holdfast.catalog import deadline, epoch
 from holdfast.catalog.backend import Backend
 from holdfast.catalog.errors import CannotOpen, NewerCatalog
 
 HEAD = "0009"
+
+_ANSWERS_WITHIN = 30.0
+"""Seconds within which a database says of which version it is. Changing that may take longer."""
 
 
 def upgrade(backend: Backend, *, create: bool = True) -> None:
@@ -17,7 +21,7 @@ def upgrade(backend: Backend, *, create: bool = True) -> None:
 
     Raises CannotOpen: NewerCatalog for a version this code does not know.
     """
-    with backend.engine.connect() as connection:
+    with deadline.within(_ANSWERS_WITHIN), backend.engine.connect() as connection:
         current = _current(connection)
     if current == HEAD:
         return
@@ -28,6 +32,8 @@ def upgrade(backend: Backend, *, create: bool = True) -> None:
         current = _current(connection)  # somebody else may have done it by now
         if current != HEAD:
             _upgrade(connection, current)
+            if current is not None:  # a server that does not know these tables changes nothing more
+                epoch.begin(connection, "an upgrade of its tables")
 
 
 def _upgrade(connection: sa.Connection, current: str | None) -> None:
