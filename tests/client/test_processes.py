@@ -1,4 +1,4 @@
-"""The client and its process: ending without a close, forking, other clients beside it."""
+"""The client and its process: forking, other clients beside it."""
 
 from __future__ import annotations
 
@@ -6,60 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
 from holdfast import ServiceClient, TrainingClient
 from holdfast.protocol.errors import failed_future_body, python_failed_future_body
-from tests.client.scripted import Fault, Reply, Request, ScriptedServer
-
-
-def script(server: ScriptedServer, body: str) -> subprocess.CompletedProcess[str]:
-    start = f"""
-        from holdfast import ServiceClient
-        service = ServiceClient(base_url={server.url!r})
-        training = service.create_lora_training_client("tiny").result(10)
-        training.optim_step().result(10)
-    """
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(start) + textwrap.dedent(body)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ("", "success"),
-        ("raise ValueError('x')", "errored"),
-        ("raise KeyboardInterrupt", "interrupted"),
-    ],
-)
-def test_a_script_that_ends_without_close_tells_the_server(
-    scripted: ScriptedServer, body: str, reason: str
-) -> None:
-    done = script(scripted, body)
-    (finish,) = scripted.sent("sessions/S1/finish")
-    assert finish.json()["reason"]["type"] == reason
-    assert "Traceback" not in done.stderr or body
-    assert "ResourceWarning" not in done.stderr
-
-
-def test_a_closed_session_is_not_finished_twice(scripted: ScriptedServer) -> None:
-    done = script(scripted, "service.close().result(10)")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert len(scripted.sent("sessions/S1/finish")) == 1
-
-
-def test_a_script_ends_although_the_server_does_not_answer(scripted: ScriptedServer) -> None:
-    scripted.faults["sessions/S1/finish"].append(Fault(delay=60))
-    started = time.monotonic()
-    assert script(scripted, "waiting = training.optim_step()").returncode == 0
-    assert time.monotonic() - started < 25
+from tests.client.scripted import Reply, Request, ScriptedServer
 
 
 def test_a_forked_child_is_told_to_make_its_own_client(

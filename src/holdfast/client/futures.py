@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from holdfast.client.runtime import Runtime
@@ -86,10 +87,18 @@ class Future(Generic[T]):
         return waiter.result()
 
     async def _wait(self) -> T:
-        waiting = asyncio.wrap_future(self._outcome)
-        waiting.add_done_callback(_seen)
-        # Shielded: whoever stops waiting does not stop the others.
-        return await asyncio.shield(waiting)
+        if not self._outcome.done():
+            loop = asyncio.get_running_loop()
+            done = asyncio.Event()
+
+            def wake(_: object) -> None:
+                # Whoever waited may be gone, and their loop with them.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(done.set)
+
+            self._outcome.add_done_callback(wake)
+            await done.wait()
+        return self._outcome.result()
 
     def _check_thread(self) -> None:
         if self._runtime.here and not self._outcome.done():
@@ -118,12 +127,6 @@ class ClientFuture(Future[T]):
     def __exit__(self, *args: object) -> None:
         client: Any = self.result()
         client.__exit__(*args)
-
-
-def _seen(outcome: asyncio.Future[Any]) -> None:
-    """An error that came when its waiter had left is no reason for a message on stderr."""
-    if not outcome.cancelled():
-        outcome.exception()
 
 
 def _still_going(timeout: float | None) -> AwaitTimeoutError:

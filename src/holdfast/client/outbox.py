@@ -13,7 +13,7 @@ import logging
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,16 +84,19 @@ class Outbox:
 
     def append(self, *operations: Operation) -> None:
         """Take operations in; those of one call stay together."""
+        self._server.runtime.check_process()
         with self._lock:
             self._queue.extend(operations)
         self._server.runtime.soon(self._wake)
 
+    def outstanding(self) -> list[Operation]:
+        """What was taken in and has not ended; on the loop's thread."""
+        with self._lock:
+            return [op for op in (*self._accepted, *self._queue) if not op.result.done()]
+
     async def idle(self) -> None:
         """Wait until everything taken in so far has ended."""
-        with self._lock:
-            waiting = [operation.result for operation in (*self._accepted, *self._queue)]
-        if waiting:
-            await asyncio.wait(waiting)
+        await ended(self.outstanding())
 
     def end(self, error: HoldfastError) -> None:
         """Fail what waits and what comes later; on the loop's thread."""
@@ -258,6 +261,12 @@ class Outbox:
                     # The others would each wait as long for the same server.
                     while self._accepted:
                         _fail(self._accepted.popleft(), failure)
+
+
+async def ended(operations: Sequence[Operation]) -> None:
+    """Wait until operations have a result or an error."""
+    if operations:
+        await asyncio.wait([operation.result for operation in operations])
 
 
 def closed(what: str) -> ClosedError:

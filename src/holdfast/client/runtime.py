@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures
 import os
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import httpx2
 
-from holdfast.protocol.errors import HoldfastError, OperationCancelledError
+from holdfast.protocol.errors import ClosedError, OperationCancelledError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 Lane = Literal["submit", "poll", "sample"]
 CONNECTIONS: dict[Lane, int] = {"submit": 32, "poll": 96, "sample": 48}
 """Sockets per process: together they stay below 200."""
 
 _EXIT_SECONDS = 3.0
+_CANCEL_SECONDS = 0.5
+_CANCEL_ROUNDS = 4
+"""What is cancelled may begin something else to clean up after itself; not for ever."""
 
 
 class Work(Generic[T]):
@@ -36,35 +40,53 @@ class Work(Generic[T]):
     After `cancel` the future ends when the coroutine has: what it cleans up is done by then.
     """
 
-    def __init__(self, work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> None:
-        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    def __init__(self, work: Coroutine[Any, Any, T], runtime: Runtime) -> None:
+        self.future: Future[T] = Future()
         self.future.set_running_or_notify_cancel()
-        self._loop = loop
+        self._runtime = runtime
         self._task: asyncio.Task[T] | None = None
-        loop.call_soon_threadsafe(self._begin, work)
+        runtime.loop.call_soon_threadsafe(self._begin, work)
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(work)
+        self._task = self._runtime.loop.create_task(work)
         self._task.add_done_callback(self._end)
 
     def _end(self, task: asyncio.Task[T]) -> None:
-        if task.cancelled():
+        if self._runtime.dropping:
+            # Only daemon threads can be waiting now: they end with the process, without a word.
+            _read(task)
+        elif task.cancelled():
             self.future.set_exception(
                 OperationCancelledError(
                     "waiting was cancelled: what was submitted stays in its place and may still"
                     " finish"
                 )
             )
-            return
-        error = task.exception()
-        if error is None:
-            self.future.set_result(task.result())
-        else:
+        elif (error := task.exception()) is not None:
             self.future.set_exception(error)
+        else:
+            self.future.set_result(task.result())
 
     def cancel(self) -> None:
         """Cancel the coroutine; from any thread."""
-        self._loop.call_soon_threadsafe(lambda: self._task is not None and self._task.cancel())
+        self._runtime.soon(lambda: self._task is not None and self._task.cancel())
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads for what blocks; when the interpreter ends and gives none any more, without them."""
+
+    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        try:
+            return super().submit(call, *args, **kwargs)
+        except RuntimeError as refused:
+            if "interpreter shutdown" not in str(refused):
+                raise
+            done: Future[T] = Future()
+            try:
+                done.set_result(call(*args, **kwargs))
+            except Exception as error:
+                done.set_exception(error)
+            return done
 
 
 class Runtime:
@@ -73,29 +95,51 @@ class Runtime:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(_Threads(thread_name_prefix="holdfast-client"))
+        self.dropping = False
+        """Whether what is still under way is given up, because the interpreter ends."""
+        self._ending = False
+        self._starting = threading.Lock()
         self._lanes: dict[Lane, httpx2.AsyncClient] = {}
         self._tls: ssl.SSLContext | None = None
-        self._at_exit: set[Callable[[], Awaitable[None]]] = set()
+        self._at_exit: set[Callable[[], Coroutine[Any, Any, None]]] = set()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="holdfast-client", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        self._stopped.set()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
-        """Run a coroutine on the loop; from any thread of the process that made the runtime."""
-        if os.getpid() != self.pid:
+        """Run a coroutine on the loop; from any thread of the process that made the runtime.
+
+        Raises ClosedError once the interpreter is at its end.
+        """
+        try:
+            self.check_process()
+            with self._starting:
+                if not self._ending:
+                    return Work(work, self)
+            raise ClosedError("the interpreter ends, and the client's connections have been closed")
+        except BaseException:
             work.close()
+            raise
+
+    def check_process(self) -> None:
+        """Raises RuntimeError in a child of the process that made the runtime."""
+        if os.getpid() != self.pid:
             raise RuntimeError(
                 "this client was made before the process was forked, and its connections stayed"
                 " with the parent: make a new ServiceClient in the child"
             )
-        return Work(work, self.loop)
 
     def soon(self, call: Callable[[], object]) -> None:
-        """Call a function on the loop's thread; from any thread."""
-        self.loop.call_soon_threadsafe(call)
+        """Call a function on the loop's thread, from any thread; not once the interpreter ends."""
+        with self._starting:
+            if not self._ending:
+                self.loop.call_soon_threadsafe(call)
 
     @property
     def here(self) -> bool:
@@ -118,33 +162,72 @@ class Runtime:
             )
         return client
 
-    def at_exit(self, work: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    def at_exit(self, work: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
         """Do this when the interpreter ends, unless the returned function is called before."""
         self._at_exit.add(work)
         return lambda: self._at_exit.discard(work)
 
     def shut_down(self) -> None:
-        """End what is open, within a few seconds, and stop the loop."""
+        """Do what was to be done at exit, within a few seconds, then give up everything else.
+
+        The loop is stopped with nothing left on it. Ctrl-C goes on to the giving up at once.
+        """
         if os.getpid() != self.pid or not self._thread.is_alive():
             return
+        with self._starting:
+            self._ending = True
+        works: list[asyncio.Task[None]] = []
 
         async def end() -> None:
-            await asyncio.gather(*(work() for work in self._at_exit), return_exceptions=True)
+            works.extend(self.loop.create_task(work()) for work in self._at_exit)
+            await _wait(works, _EXIT_SECONDS)
+            self.dropping = True
+            await self._drop_all()
+
+        ending = asyncio.run_coroutine_threadsafe(end(), self.loop)
+        ending.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
+        limit = _EXIT_SECONDS + (_CANCEL_ROUNDS + 1) * _CANCEL_SECONDS + 1.0
+        try:
+            stopped = self._stopped.wait(limit)
+        except KeyboardInterrupt:
+            for work in works:
+                self.loop.call_soon_threadsafe(work.cancel)
+            stopped = self._stopped.wait(limit)
+        if stopped:
+            self.loop.close()
+        else:
+            # It hangs in a call of the system: nothing more can be done than say nothing of it.
+            self.loop.set_exception_handler(_say_nothing)
+
+    async def _drop_all(self) -> None:
+        """Cancel all other tasks until there are none, and close the connections."""
+        for _ in range(_CANCEL_ROUNDS):
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            for client in self._lanes.values():
-                await client.aclose()
+            await _wait(others, _CANCEL_SECONDS)
+        closing = [self.loop.create_task(client.aclose()) for client in self._lanes.values()]
+        await _wait(closing, _CANCEL_SECONDS)
+        # A transport that was closed lets go of its socket in the loop's next turn.
+        await asyncio.sleep(0)
 
-        try:
-            self.start(end()).future.result(_EXIT_SECONDS)
-        except (TimeoutError, HoldfastError):
-            pass
-        self.soon(self.loop.stop)
-        self._thread.join(_EXIT_SECONDS)
-        if not self._thread.is_alive():
-            self.loop.close()
+
+async def _wait(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None:
+    """Wait for tasks whose results and errors are nobody's."""
+    for task in tasks:
+        task.add_done_callback(_read)
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
+
+
+def _read(task: asyncio.Task[Any]) -> None:
+    """An error that has been read is not reported as one that nobody read."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _say_nothing(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Instead of reporting what becomes of a loop that is never run again."""
 
 
 _lock = threading.Lock()
@@ -161,4 +244,13 @@ def runtime() -> Runtime:
         return _current
 
 
-os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock(), _current=None))
+def _forget_parent() -> None:
+    """In a forked child: the parent's loop does not run here, and what is on it is the parent's."""
+    global _lock, _current
+    _lock = threading.Lock()
+    if _current is not None:
+        _current.loop.set_exception_handler(_say_nothing)
+        _current = None
+
+
+os.register_at_fork(after_in_child=_forget_parent)

@@ -48,7 +48,9 @@ class ServiceClient:
 
     The address is `base_url`, else `HOLDFAST_BASE_URL`, else `TINKER_BASE_URL`, else this
     machine; the key is `api_key`, else `HOLDFAST_API_KEY`, else `TINKER_API_KEY`. Close it, or use
-    it in a `with` block: that ends the session and frees its models.
+    it in a `with` block: that waits for the operations that were called, ends the session and frees
+    its models. A block that ends with an error gives up what is still waiting, and ends soon, also
+    when the server is gone.
 
     >>> with ServiceClient() as service:  # doctest: +SKIP
     ...     client = service.create_lora_training_client("holdfast-tiny", rank=8).result()
@@ -325,7 +327,11 @@ class ServiceClient:
     # ---- the session's end ----
 
     def close(self, status: SessionEnd = "success", detail: str | None = None) -> Future[None]:
-        """End the session; the server frees its models. Idempotent.
+        """End the session; the server frees its models. Idempotent, and never fails.
+
+        After "success" the operations called before are waited for, as long as their futures would
+        be; else they are given up. Telling the server is tried for some seconds: a session that
+        could not be ended ends there by itself after some time without a sign of life.
 
         >>> service.close().result()  # doctest: +SKIP
         """
@@ -408,7 +414,7 @@ class _Making:
             return
         try:
             async with asyncio.timeout(_UNLOAD_SECONDS):
-                await unload_model(self._session, self._model_id)
+                await unload_model(self._session.server, self._model_id)
         except (HoldfastError, TimeoutError) as error:
             log.warning("the half-made model %s was not unloaded: %s", self._model_id, error)
 

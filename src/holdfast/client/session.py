@@ -1,4 +1,8 @@
-"""A session: made at first use, kept alive while its client lives, finished on close."""
+"""A session: made at first use, kept alive while its client lives, finished on close.
+
+Finishing is a courtesy, which a client that ends does not wait for long: a session that is not
+finished ends at the server by itself, some time after the last sign of life, and so do its models.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,14 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import quote
 
 import httpx2
 
-from holdfast.client.http import JSON_TYPE, VERSION, Server
-from holdfast.protocol.errors import ClosedError
+from holdfast.client.http import JSON_TYPE, VERSION, RetryConfig, Server
+from holdfast.client.outbox import Outbox, closed, ended
+from holdfast.protocol.errors import HoldfastError
 from holdfast.protocol.sessions import (
     ClientConfigResponse,
     CreateSessionRequest,
@@ -31,6 +36,8 @@ log = logging.getLogger("holdfast.client")
 _HEARTBEAT_SECONDS = 10.0
 _HEARTBEAT_TIMEOUT = 10.0
 _WARN_AFTER = 120.0
+_END_SECONDS = 10.0
+_END_SECONDS_AFTER_ERROR = 3.0
 
 
 class Session:
@@ -59,6 +66,9 @@ class Session:
         self._creating: asyncio.Task[None] | None = None
         self._heartbeat: asyncio.Task[None] | None = None
         self._forget_exit: Callable[[], None] = lambda: None
+        self._outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
+        self._closing: asyncio.Task[None] | None = None
+        self._ended = False
         self._models = itertools.count()
         self._samplers = itertools.count()
 
@@ -69,7 +79,7 @@ class Session:
                 self._creating = asyncio.create_task(self._create())
             await asyncio.shield(self._creating)
         if self.closed or self._id is None:
-            raise ClosedError("this ServiceClient is closed: make a new one")
+            raise closed("ServiceClient")
         return self._id
 
     async def _create(self) -> None:
@@ -94,6 +104,12 @@ class Session:
 
         self._forget_exit = self.server.runtime.at_exit(finish)
 
+    def outbox(self) -> Outbox:
+        """The operations of one more model of this session; on the loop's thread."""
+        made = Outbox(self.server)
+        self._outboxes.add(made)
+        return made
+
     def next_model(self) -> int:
         """The next number for a model of this session; from any thread."""
         return next(self._models)
@@ -103,25 +119,63 @@ class Session:
         return next(self._samplers)
 
     async def close(self, status: SessionEnd, detail: str | None) -> None:
-        """Stop the heartbeat and tell the server. Idempotent; a server without the call is fine."""
-        if self.closed:
-            return
+        """End the session. Idempotent, and never fails.
+
+        After success what was called before is waited for; else it is given up, also by a call
+        that comes while another one waits.
+        """
         self.closed = True
-        if self._creating is not None:
-            # One that is being made right now has to be ended as well.
-            await asyncio.wait({self._creating})
-        self._forget_exit()
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-        if self._id is None:
+        if status != "success":
+            await self._end(status, detail)
+        elif self._closing is None:
+            self._closing = asyncio.create_task(self._close(detail))
+        if self._closing is not None:
+            await asyncio.wait({self._closing})
+
+    async def _close(self, detail: str | None) -> None:
+        await self._finish_operations()
+        await self._end("success", detail)
+
+    async def _finish_operations(self) -> None:
+        operations = [op for outbox in self._outboxes for op in outbox.outstanding()]
+        await ended(operations)
+        failed = [op for op in operations if op.error() is not None]
+        if failed and not self._ended:
+            log.error(
+                "%d operations that were under way when the client was closed have failed; the"
+                " first of them, %s: %s",
+                len(failed),
+                failed[0].path,
+                failed[0].error(),
+            )
+
+    async def _end(self, status: SessionEnd, detail: str | None) -> None:
+        if self._ended:
             return
-        request = FinishSessionRequest(reason=FinishReason(type=status), detail=detail)
-        await self.server.call(
-            "POST",
-            f"sessions/{quote(self._id, safe=':')}/finish",
-            request,
-            accept=frozenset({404, 405, 410}),
-        )
+        self._ended = True
+        for outbox in self._outboxes:
+            outbox.end(closed("ServiceClient"))
+
+        async def finish(server: Server) -> None:
+            if self._creating is not None:
+                # One that is being made right now has to be ended as well.
+                await asyncio.wait({self._creating})
+            if self._id is not None:
+                await server.call(
+                    "POST",
+                    f"sessions/{quote(self._id, safe=':')}/finish",
+                    FinishSessionRequest(reason=FinishReason(type=status), detail=detail),
+                    accept=frozenset({404, 405, 410}),
+                )
+
+        try:
+            what = "the session" if self._id is None else f"session {self._id}"
+            await tell_end(self.server, what, finish, after_error=status != "success")
+        finally:
+            self._forget_exit()
+            for task in (self._creating, self._heartbeat):
+                if task is not None:
+                    task.cancel()
 
     async def _finish_at_exit(self) -> None:
         failed = getattr(sys, "last_value", None)
@@ -130,6 +184,32 @@ class Session:
         else:
             status = "interrupted" if isinstance(failed, KeyboardInterrupt) else "errored"
         await self.close(status, "the process ended without closing its client")
+
+
+async def tell_end(
+    server: Server,
+    what: str,
+    tell: Callable[[Server], Awaitable[object]],
+    *,
+    after_error: bool,
+) -> None:
+    """Tell the server that something is over: for some seconds, and once after an error.
+
+    Never fails. A server that is gone is named in the log; after an error, which tells of it
+    already, for whoever asks for the details alone.
+    """
+    seconds = _END_SECONDS_AFTER_ERROR if after_error else _END_SECONDS
+    try:
+        async with asyncio.timeout(seconds):
+            await tell(server.with_retry(RetryConfig(give_up_after=0.0)) if after_error else server)
+    except (HoldfastError, TimeoutError) as error:
+        log.log(
+            logging.INFO if after_error else logging.WARNING,
+            "%s was not ended at the server (%s): it ends there by itself after some time without a"
+            " sign of life",
+            what,
+            str(error) or f"no answer within {seconds:.0f} s",
+        )
 
 
 async def read_config(server: Server) -> ClientConfigResponse:

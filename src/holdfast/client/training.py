@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from holdfast.client import custom_loss
 from holdfast.client.chunking import combine, split
 from holdfast.client.futures import ClientFuture, Future
-from holdfast.client.http import JSON_TYPE, PROTOBUF_TYPE, Answer, read_as
-from holdfast.client.outbox import Operation, Outbox, closed, new_result
+from holdfast.client.http import JSON_TYPE, PROTOBUF_TYPE, Answer, Server, read_as
+from holdfast.client.outbox import Operation, closed, new_result
 from holdfast.client.sampling import SamplingClient, open_sampler
-from holdfast.client.session import Session
+from holdfast.client.session import Session, tell_end
 from holdfast.client.tokenizers import load_tokenizer
 from holdfast.client.types import (
     AdamParams,
@@ -66,7 +66,8 @@ class TrainingClient:
 
     Every method that submits returns at once with a future; the server executes the operations in
     the order of the calls, from whichever thread. Each has an `_async` form that gives the same
-    future to `await`.
+    future to `await`. At the end of a `with` block what was called in it is waited for, unless the
+    block ends with an error.
 
     >>> training_client.forward_backward(data, "cross_entropy")  # doctest: +SKIP
     >>> training_client.optim_step(AdamParams(learning_rate=1e-4))  # doctest: +SKIP
@@ -78,7 +79,7 @@ class TrainingClient:
         self._session = session
         self._server = session.server
         self._runtime = session.server.runtime
-        self._outbox = Outbox(session.server)
+        self._outbox = session.outbox()
         self._info = info
         self._closed = False
         self.model_id = model_id
@@ -520,7 +521,8 @@ class TrainingClient:
 
         async def work() -> UnloadModelResponse:
             await self._outbox.idle()
-            return await self._unload()
+            self._outbox.end(closed("TrainingClient"))
+            return await unload_model(self._server, self.model_id)
 
         return self._future(work())
 
@@ -528,24 +530,34 @@ class TrainingClient:
         """As `unload`."""
         return self.unload()
 
-    async def _unload(self) -> UnloadModelResponse:
+    async def _leave(self, *, giving_up: bool, after_error: bool = False) -> None:
+        if not giving_up:
+            await self._outbox.idle()
         self._outbox.end(closed("TrainingClient"))
-        return await unload_model(self._session, self.model_id)
+        await tell_end(
+            self._server,
+            f"model {self.model_id}",
+            lambda server: unload_model(server, self.model_id),
+            after_error=after_error,
+        )
 
     def close(self) -> None:
         """Free the model at the server now, giving up what is still waiting. Idempotent.
+
+        A server that does not answer is left alone after some seconds: the model ends there with
+        its session.
 
         >>> training_client.close()  # doctest: +SKIP
         """
         if not self._closed:
             self._closed = True
-            self._future(self._unload()).result()
+            self._future(self._leave(giving_up=True)).result()
 
     async def close_async(self) -> None:
         """As `close`."""
         if not self._closed:
             self._closed = True
-            await self._future(self._unload())
+            await self._future(self._leave(giving_up=True))
 
     def __enter__(self) -> Self:
         return self
@@ -556,7 +568,10 @@ class TrainingClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        failed = error is not None
+        if not self._closed:
+            self._closed = True
+            self._future(self._leave(giving_up=failed, after_error=failed)).result()
 
     async def __aenter__(self) -> Self:
         return self
@@ -567,7 +582,10 @@ class TrainingClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.close_async()
+        failed = error is not None
+        if not self._closed:
+            self._closed = True
+            await self._future(self._leave(giving_up=failed, after_error=failed))
 
     # ---- submitting ----
 
@@ -730,9 +748,9 @@ def warn_of_pending(path: str, loaded: LoadWeightsResponse) -> None:
         )
 
 
-async def unload_model(session: Session, model_id: str) -> UnloadModelResponse:
+async def unload_model(server: Server, model_id: str) -> UnloadModelResponse:
     """Free a model at the server; one that is not there any more is fine."""
-    answer = await session.server.call(
+    answer = await server.call(
         "POST",
         "unload_model",
         UnloadModelRequest(model_id=model_id),
