@@ -412,7 +412,7 @@ def own_traceback_alone(stderr: str, error: str) -> bool:
 
 def test_a_loop_that_is_only_stopped_complains(scripted: ScriptedServer) -> None:
     careless = textwrap.dedent("""
-        import atexit, holdfast.client.runtime as runtime
+        import atexit, gc, holdfast.client.runtime as runtime
         atexit.unregister(runtime._current.shut_down)
         loop, thread = runtime._current.loop, runtime._current._thread
 
@@ -420,9 +420,13 @@ def test_a_loop_that_is_only_stopped_complains(scripted: ScriptedServer) -> None
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+            for name in ("service", "training", "futures"):
+                del globals()[name]
+            runtime._current = None
+            gc.collect()
 
         atexit.register(stop)
         """)
-    _, stderr = run(scripted, careless + PENDING, op_seconds=30.0)
+    _, stderr = run(scripted, careless + PENDING + "time.sleep(0.2)", op_seconds=30.0)
     assert "Task was destroyed but it is pending!" in stderr
     assert not own_traceback_alone(stderr, "KeyboardInterrupt")

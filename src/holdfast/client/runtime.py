@@ -79,7 +79,7 @@ class _Threads(ThreadPoolExecutor):
         try:
             return super().submit(call, *args, **kwargs)
         except RuntimeError as refused:
-            if "interpreter shutdown" not in str(refused):
+            if "cannot schedule new futures" not in str(refused):
                 raise
             done: Future[T] = Future()
             try:
