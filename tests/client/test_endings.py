@@ -427,6 +427,6 @@ def test_a_loop_that_is_only_stopped_complains(scripted: ScriptedServer) -> None
 
         atexit.register(stop)
         """)
-    _, stderr = run(scripted, careless + PENDING + "time.sleep(0.2)", op_seconds=30.0)
+    _, stderr = run(scripted, careless + PENDING + "time.sleep(0.2)", gone=True)
     assert "Task was destroyed but it is pending!" in stderr
     assert not own_traceback_alone(stderr, "KeyboardInterrupt")
