@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.runs import doctor
 from holdfast.store import LocalStore, Store, open_store
 
 
@@ -21,8 +22,9 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty data directory, which commands use without being told."""
+    """An empty data directory, which commands use without being told, and no server."""
     path = tmp_path / "data"
+    monkeypatch.setattr(doctor, "STANDS", 0.0)
     LocalStore(path / "store").close()
     monkeypatch.setenv("HOLDFAST_DATA_DIR", str(path))
     return path

@@ -58,12 +58,12 @@ async def test_what_another_server_keeps_in_the_same_storage_is_left_to_it(tmp_p
         await theirs.write(lambda c: _add_run_with_snapshot(c, newer))
 
         assert await Checkpoints(other, ours).discard_orphans() == 0
-        found = await doctor.examine(other, ours, segments)
+        found = await doctor.examine(other, ours, segments, alone=True)
         assert found.ok and found.repairable
         assert list(found.lost_runs) == ["3f0c:train:0"]
         repaired = await doctor.repair(other, ours)
         assert [key.name for key in repaired.named] == ["auto.2"]
-        found = await doctor.examine(other, ours, segments)
+        found = await doctor.examine(other, ours, segments, alone=True)
         assert found.ok and not found.repairable
 
         assert {id for id, _ in store.unnamed()} == {older, newer}

@@ -50,11 +50,11 @@ def command(
             _take(opened)
         parts = opened.store, opened.catalog, opened.segments
         with bytes_progress("reading everything in the store", None) as show:
-            found = asyncio.run(doctor.examine(*parts, progress=show))
+            found = asyncio.run(doctor.examine(*parts, alone=repair, progress=show))
         if repair and found.repairable:
             repaired = asyncio.run(doctor.repair(opened.store, opened.catalog))
             with bytes_progress("looking again", None) as show:
-                found = asyncio.run(doctor.examine(*parts, progress=show))
+                found = asyncio.run(doctor.examine(*parts, alone=True, progress=show))
     if as_json:
         print_json(_document(found, repaired))
     else:

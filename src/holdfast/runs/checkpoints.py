@@ -77,6 +77,14 @@ class Differences:
     def __bool__(self) -> bool:
         return bool(self.unlisted or self.gone or self.without_run)
 
+    def still(self, later: Differences) -> Differences:
+        """Those that are the same at another look."""
+        return Differences(
+            unlisted=dict(self.unlisted.items() & later.unlisted.items()),
+            gone=[key for key in self.gone if key in set(later.gone)],
+            without_run={run: m for run, m in self.without_run.items() if run in later.without_run},
+        )
+
 
 def check_ttl(seconds: int | None) -> None:
     """Raises RunError unless `seconds` is None or within an hour and ten years."""
@@ -301,7 +309,11 @@ class Checkpoints:
         return report
 
     async def differences(self) -> Differences:
-        """Compare the index with the store, which is the truth."""
+        """Compare the index with the store, which is the truth.
+
+        A name that is changed meanwhile differs for as long as its row is not: until that is
+        written, or for this look only.
+        """
         named = dict(await self._call(lambda: list(self.store.names(on_damage=_log_damage))))
 
         def query(connection: sa.Connection) -> tuple[dict[NameKey, str], set[str]]:

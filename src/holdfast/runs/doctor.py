@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,11 @@ from holdfast.runs.segments import Segments
 from holdfast.store import Manifest, MissingManifest, NameKey, Store, StoreError
 from holdfast.store.base import Progress
 
+STANDS = 10.0
+"""Seconds for which store and catalog differ if nobody is about to make them agree: a server
+changes a name first and its row next."""
+
+_BETWEEN_LOOKS = 0.5
 _LOOKED_FOR = 20
 """Manifests of each kind of which a store must have one to belong to a catalog."""
 
@@ -110,13 +116,25 @@ def _newest_manifests(connection: sa.Connection) -> list[str]:
 
 
 async def examine(
-    store: Store, catalog: Catalog, segments: Segments, *, progress: Progress | None = None
+    store: Store,
+    catalog: Catalog,
+    segments: Segments,
+    *,
+    alone: bool = False,
+    progress: Progress | None = None,
 ) -> Diagnosis:
-    """Read everything. Beside a running server, what it changes meanwhile may show as well."""
-    differences = await Checkpoints(store, catalog).differences()
+    """Read everything.
+
+    Unless `alone`, a server may go on meanwhile. What that is about to change is no problem: store
+    and catalog are compared again, until they agree or have differed in the same for a while.
+    """
+    checkpoints = Checkpoints(store, catalog)
+    differences, seen = await checkpoints.differences(), time.monotonic()
     report = await asyncio.to_thread(store.verify, progress=progress)
     reached = await asyncio.to_thread(_reach, store)
     used = {b.hash: b.size for m in reached.all.values() for b in m.files.values()}
+    if not alone:
+        differences = await _standing(checkpoints, differences, seen)
     return Diagnosis(
         checkpoints=len(reached.names),
         recovery_points=len(reached.unnamed),
@@ -134,6 +152,16 @@ async def examine(
         ),
         shared=store.shared,
     )
+
+
+async def _standing(checkpoints: Checkpoints, found: Differences, seen: float) -> Differences:
+    """Which of the differences that were `seen` at a moment are no work under way."""
+    while found:
+        found = found.still(await checkpoints.differences())
+        if time.monotonic() - seen >= STANDS:
+            break
+        await asyncio.sleep(_BETWEEN_LOOKS)
+    return found
 
 
 async def repair(store: Store, catalog: Catalog) -> Repaired:
@@ -233,8 +261,7 @@ async def _lost_recovery_points(store: Store, catalog: Catalog) -> dict[str, str
         return False
 
     newest = await catalog.read(query)
-    return {
-        run: manifest_id
-        for run, manifest_id in newest.items()
-        if await asyncio.to_thread(is_missing, manifest_id)
-    }
+    missing = [run for run, id in newest.items() if await asyncio.to_thread(is_missing, id)]
+    # A server lets go of the row first.
+    later = await catalog.read(query) if missing else {}
+    return {run: newest[run] for run in missing if later.get(run) == newest[run]}
