@@ -182,6 +182,93 @@ async def test_a_database_that_takes_no_writes_is_unavailable(
     catalog.close()
 
 
+# --- Whose fault it is ------------------------------------------------------------------------
+
+
+async def beside_others(catalog: Catalog, work: Callable[[sa.Connection], object]) -> object:
+    """What a write comes to that shares its commit with two more."""
+    writes: list[Callable[[sa.Connection], object]] = [
+        partial(add_key, key="a"),
+        work,
+        partial(add_key, key="b"),
+    ]
+    found = await asyncio.gather(*(catalog.write(w) for w in writes), return_exceptions=True)
+    assert type(found[0]) is type(found[2])
+    if found[0] is not None:
+        assert isinstance(found[0], CatalogUnavailable)
+    assert await catalog.read(keys) == (["a", "b"] if found[0] is None else [])
+    return found[1]
+
+
+def fail(connection: sa.Connection, *, state: str) -> None:
+    connection.exec_driver_sql(f"DO $$ BEGIN RAISE SQLSTATE '{state}'; END $$")
+
+
+@pytest.mark.anyio
+async def test_what_no_index_takes_fails_alone_and_for_good(opened: Catalog) -> None:
+    key = os.urandom(4000).hex()
+    error = await beside_others(opened, partial(add_key, key=key))
+    assert isinstance(error, sa.exc.OperationalError), error
+    assert "index row size" in str(error)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("state", ["22003", "23514", "54000"])
+async def test_a_fault_of_a_write_is_its_own(opened: Catalog, state: str) -> None:
+    error = await beside_others(opened, partial(fail, state=state))
+    assert isinstance(error, sa.exc.DBAPIError), error
+    assert opened.read_now(keys) == ["a", "b"]
+    with pytest.raises(sa.exc.DBAPIError):
+        await opened.read(partial(fail, state=state))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("state", ["53200", "XX000"])
+async def test_a_shortage_may_be_of_one_write_alone(opened: Catalog, state: str) -> None:
+    error = await beside_others(opened, partial(fail, state=state))
+    assert isinstance(error, CatalogUnavailable), error
+    assert opened.read_now(keys) == ["a", "b"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "state",
+    ["08006", "25006", "40001", "40P01", "42501", "53100", "55P03", "57014", "57P05", "58030"],
+)
+async def test_a_fault_of_the_database_is_nobodys(opened: Catalog, state: str) -> None:
+    """The same may work later: nothing was stored of any of them."""
+    error = await beside_others(opened, partial(fail, state=state))
+    assert isinstance(error, CatalogUnavailable), error
+    assert opened.read_now(keys) == []
+    with pytest.raises(CatalogUnavailable):
+        await opened.read(partial(fail, state=state))
+    await opened.write(partial(add_key, key="c"))
+    assert opened.read_now(keys) == ["c"]
+
+
+def no_sessions(postgres: Postgres, address: str) -> None:
+    """Wait until there is none."""
+    deadline = time.monotonic() + 30
+    while postgres.sessions(address) > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.anyio
+async def test_sessions_that_end_because_they_were_idle_are_made_anew(
+    postgres: Postgres, address: str
+) -> None:
+    name = address.rpartition("/")[2]
+    postgres.execute(f"ALTER DATABASE {name} SET idle_session_timeout = '100ms'")
+    catalog = Catalog.open(address)
+    await catalog.claim("the server")
+    for key in "ab":
+        await asyncio.to_thread(no_sessions, postgres, address)
+        await catalog.write(partial(add_key, key=key))
+    assert await catalog.read(keys) == ["a", "b"]
+    catalog.close()
+
+
 # --- The lease -------------------------------------------------------------------------------
 
 

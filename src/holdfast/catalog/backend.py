@@ -6,9 +6,6 @@ from abc import ABC, abstractmethod
 
 import sqlalchemy as sa
 
-UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InternalError)
-"""Errors of the database, not of what it was asked: the same may work later."""
-
 
 class Backend(ABC):
     """One database, and what is particular to its kind."""
@@ -41,6 +38,14 @@ class Backend(ABC):
     @abstractmethod
     def outcome(self, connection: sa.Connection, transaction_id: str) -> bool | None:
         """Whether a transaction was committed; None while it is under way."""
+
+    def is_unavailable(self, error: sa.exc.DBAPIError) -> bool:
+        """Whether the database has failed, not what it was asked: the same may work later."""
+        return isinstance(error, (sa.exc.OperationalError, sa.exc.InternalError))
+
+    def may_be_one_alone(self, error: sa.exc.DBAPIError) -> bool:
+        """Whether other writes may work now, though for this one the database is not available."""
+        return False
 
     @abstractmethod
     def is_lost(self, error: sa.exc.DBAPIError) -> bool:

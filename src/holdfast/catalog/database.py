@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from holdfast import failpoints
 from holdfast.catalog import deadline, epoch
-from holdfast.catalog.backend import UNAVAILABLE, Backend
+from holdfast.catalog.backend import Backend
 from holdfast.catalog.errors import CatalogInUse, CatalogUnavailable, EpochLost, SyncFailed
 from holdfast.catalog.migrations import upgrade
 from holdfast.catalog.postgresql import PostgreSQL
@@ -166,7 +166,9 @@ class Catalog:
                         raise
                     self._engine.dispose()  # those that wait in the pool are lost as well
                     return self._read(work)
-        except (*UNAVAILABLE, sa.exc.TimeoutError, OSError) as error:
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError) as error:
+            if isinstance(error, sa.exc.DBAPIError) and not self._backend.is_unavailable(error):
+                raise
             raise CatalogUnavailable(
                 f"the catalog cannot be read: {_in_one_line(error)}"
             ) from error
@@ -292,8 +294,7 @@ class Catalog:
         except sa.exc.DBAPIError as error:
             if self._backend.is_unsynced(error):
                 _end_unsynced(f"the catalog was not synced: {error.orig}")
-            unavailable = CatalogUnavailable(f"the catalog took no write: {_in_one_line(error)}")
-            _fail(batch, unavailable)
+            _fail(batch, _took_no_write(error))
         except CatalogUnavailable as error:
             _fail(batch, error)
         except SyncFailed as error:
@@ -309,10 +310,30 @@ class Catalog:
     def _attempt(self, batch: list[_Work[Any]]) -> None:
         try:
             self._transact(self._connected(), batch, _perform)
-        except (*UNAVAILABLE, SyncFailed, EpochLost):
+        except (SyncFailed, EpochLost):
             raise
-        except Exception:
-            self._transact(self._connected(), batch, _perform_each)
+        except Exception as error:
+            if not self._may_be_one_alone(error):
+                raise
+            self._transact(self._connected(), batch, self._perform_alone)
+
+    def _may_be_one_alone(self, error: Exception) -> bool:
+        """Whether one write may have failed so, and others of the same transaction would not."""
+        if not isinstance(error, sa.exc.DBAPIError) or not self._backend.is_unavailable(error):
+            return True
+        return self._backend.may_be_one_alone(error)
+
+    def _perform_alone(self, connection: sa.Connection, item: _Work[Any]) -> None:
+        """With a savepoint, which costs more than most writes: only where one of a batch raises."""
+        try:
+            with connection.begin_nested():
+                _perform(connection, item)
+        except Exception as error:
+            if not self._may_be_one_alone(error):
+                raise
+            item.error = error
+            if isinstance(error, sa.exc.DBAPIError) and self._backend.is_unavailable(error):
+                item.error = _took_no_write(error)
 
     def _transact(
         self,
@@ -353,10 +374,12 @@ class Catalog:
                         found = self._backend.outcome(connection, transaction_id)
                 if found is not None:
                     return found
-            except (*UNAVAILABLE, CatalogUnavailable) as error:
+            except CatalogUnavailable as error:
+                reason = str(error)
+            except sa.exc.DBAPIError as error:
                 reason = _in_one_line(error)
-            except sa.exc.DBAPIError as error:  # another database, which does not know it
-                reason, end = _in_one_line(error), 0.0
+                if not self._backend.is_unavailable(error):  # another one, which does not know it
+                    end = 0.0
             if time.monotonic() > end:
                 _end_unsynced(
                     "the connection to the catalog was lost during a commit, and what became of "
@@ -413,17 +436,6 @@ def _perform(connection: sa.Connection, item: _Work[Any]) -> None:
     item.result, item.error = item.call(connection), None
 
 
-def _perform_each(connection: sa.Connection, item: _Work[Any]) -> None:
-    """With a savepoint, which costs more than most writes: only where one of a batch raises."""
-    try:
-        with connection.begin_nested():
-            _perform(connection, item)
-    except UNAVAILABLE:
-        raise
-    except Exception as error:
-        item.error = error
-
-
 def _tell(batch: list[_Work[Any]]) -> None:
     loops: dict[asyncio.AbstractEventLoop, list[_Work[Any]]] = {}
     for item in batch:
@@ -448,6 +460,10 @@ def _close(connection: sa.Connection) -> None:
 def _fail(batch: list[_Work[Any]], error: Exception) -> None:
     for item in batch:
         item.error = error
+
+
+def _took_no_write(error: sa.exc.DBAPIError) -> CatalogUnavailable:
+    return CatalogUnavailable(f"the catalog took no write: {_in_one_line(error)}")
 
 
 def _in_one_line(error: Exception) -> str:

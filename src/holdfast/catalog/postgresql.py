@@ -56,8 +56,15 @@ _SESSION = (
 )
 _SECRET = frozenset({"password", "sslpassword", "oauth_client_secret"})
 """Parameters of an address that are not shown."""
-_ENDS = frozenset({"57P01", "57P02", "57P03"})
-"""States in which the server ends a session, or lets none begin: shut down, crashed, starting."""
+_ENDS = frozenset({"57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25P04"})
+"""States in which the server ends a session, or lets none begin: shut down, crashed, starting,
+dropped, idle for too long, or for too long in a transaction."""
+_TOO_MUCH = "54"
+"""The class of what exceeds a limit of the server (an entry of an index, say), now and later."""
+_NOT_OURS_NOW = frozenset({"42501", "42P01"})
+"""The tables are there no more, or for somebody else: nobody's write, but an administrator's."""
+_OF_ONE = frozenset({"53200", "XX000"})
+"""No memory, which the next one may need less of; and what the server has no other state for."""
 _SCHEMA = "(SELECT oid::bigint FROM pg_namespace WHERE nspname = current_schema())"
 _KEY = f"({_LEASE}::bigint << 32) | {_SCHEMA}"
 _TAKE = sa.text(f"SELECT pg_try_advisory_lock({_KEY})")
@@ -138,9 +145,18 @@ class PostgreSQL(Backend):
                 return False
         return None
 
+    def is_unavailable(self, error: sa.exc.DBAPIError) -> bool:
+        state = _state(error)
+        if state in _NOT_OURS_NOW:
+            return True
+        return super().is_unavailable(error) and not state.startswith(_TOO_MUCH)
+
+    def may_be_one_alone(self, error: sa.exc.DBAPIError) -> bool:
+        return _state(error) in _OF_ONE
+
     def is_lost(self, error: sa.exc.DBAPIError) -> bool:
         # The server says that it ends the session before the end can be seen.
-        state: str = getattr(error.orig, "sqlstate", None) or ""
+        state = _state(error)
         return error.connection_invalidated or state in _ENDS or state.startswith("08")
 
     def is_unsynced(self, error: sa.exc.DBAPIError) -> bool:
@@ -149,6 +165,11 @@ class PostgreSQL(Backend):
 
     def tidy(self, connection: sa.Connection) -> None:
         """The server does that itself."""
+
+
+def _state(error: sa.exc.DBAPIError) -> str:
+    """SQLSTATE; "" when it is the driver that has failed, or the connection."""
+    return getattr(error.orig, "sqlstate", None) or ""
 
 
 def without_secrets(address: str) -> str:
