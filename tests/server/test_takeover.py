@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -18,6 +17,7 @@ import tinker
 
 from holdfast.catalog import Catalog, epoch
 from holdfast.catalog.database import TAKEN_OVER
+from holdfast.store import Store, open_store
 from tests.cli.samples import holdfast
 from tests.support.postgres import SECRET, Postgres
 from tests.support.raw import RawRun, http_client
@@ -121,71 +121,78 @@ def undisturbed(server: ServerProcess) -> tuple[str, str]:
         return first, run.save(6, "b")
 
 
-def test_another_machine_goes_on_where_the_last_one_was_lost(
-    undisturbed: tuple[str, str],
-    postgres: Postgres,
-    s3: S3Server,
-    models: dict[str, Path],
-    tmp_path: Path,
-) -> None:
-    """With the catalog on PostgreSQL and the checkpoints in an object storage."""
-    store = f"--store=s3://{s3.bucket()}/holdfast"
-    environment = {"HOLDFAST_CATALOG": postgres.database()}
-
-    def machine(name: str) -> ServerProcess:
-        return ServerProcess(tmp_path / name, models=models, args=[store], environment=environment)
-
-    lost, next_one = machine("lost"), machine("next")
-    with lost, http_client(lost) as http:
-        run = RawRun(lost, http)
-        run.result(run.forward_backward(1, seed=1))
-        run.result(run.optim_step(2))
-        first = run.save(3, "a")
-        accepted = run.forward_backward(4, seed=2)
-        lost.kill()
-    shutil.rmtree(lost.data_dir)
-    with next_one, http_client(next_one) as http:
-        run.http, run._server = http, next_one
-        run.result(accepted)
-        run.result(run.optim_step(5))
-        assert (first, run.save(6, "b")) == undisturbed
-    assert "Traceback" not in next_one.log, next_one.log
-
-
 class Pair:
-    """A server, and another one over the same data directory that nothing keeps away."""
+    """A server, and another one in its place that nothing keeps away in the end."""
 
-    def __init__(
-        self,
-        directory: Path,
-        models: dict[str, Path],
-        postgres: Postgres | None,
-    ) -> None:
-        self.postgres = postgres
-        self.address = address = None if postgres is None else postgres.catalog()
-        environment = {} if address is None else {"HOLDFAST_CATALOG": address}
-        self.old = ServerProcess(directory, models=models, environment=environment)
-        self.new = ServerProcess(directory, models=models, environment=environment)
-        self.new.log_file = directory / "new.log"
+    old: ServerProcess
+    new: ServerProcess
 
     def separate(self) -> None:
         """Take away what keeps the new server from the place of the old one, which is suspended."""
-        (self.old.data_dir / "lock").unlink()
-        if self.postgres is not None and self.address is not None:
-            refused = refusal(self.new)
-            assert f"process {self.old.pid} on " in refused and "is in use" in refused
-            assert self.postgres.cut_off(self.address) > 0
+        raise NotImplementedError
+
+    def store(self) -> Store:
+        raise NotImplementedError
 
     def catalog(self) -> Catalog:
-        if self.address is None:
-            return Catalog.open_file(self.old.data_dir / "catalog.db")
-        return Catalog.open(self.address)
+        raise NotImplementedError
 
 
-@pytest.fixture(params=["SQLite", "PostgreSQL"])
+class SameDirectory(Pair):
+    """Over the same data directory."""
+
+    def __init__(self, directory: Path, models: dict[str, Path]) -> None:
+        self.old = ServerProcess(directory, models=models)
+        self.new = ServerProcess(directory, models=models)
+        self.new.log_file = directory / "new.log"
+
+    def separate(self) -> None:
+        (self.old.data_dir / "lock").unlink()
+
+    def store(self) -> Store:
+        return self.new.store()
+
+    def catalog(self) -> Catalog:
+        return Catalog.open_file(self.new.data_dir / "catalog.db")
+
+
+class OtherMachine(Pair):
+    """With the catalog on PostgreSQL and the checkpoints in an object storage: on two machines."""
+
+    def __init__(
+        self, directory: Path, models: dict[str, Path], postgres: Postgres, url: str
+    ) -> None:
+        self._postgres, self._url = postgres, url
+        self._address = postgres.catalog()
+        environment = {"HOLDFAST_CATALOG": self._address}
+
+        def machine(name: str) -> ServerProcess:
+            place, args = directory / name, [f"--store={url}"]
+            return ServerProcess(place, models=models, args=args, environment=environment)
+
+        self.old, self.new = machine("old"), machine("new")
+
+    def separate(self) -> None:
+        refused = refusal(self.new)
+        assert f"process {self.old.pid} on " in refused and "is in use" in refused
+        assert self._postgres.cut_off(self._address) > 0
+
+    def store(self) -> Store:
+        return open_store(self._url)
+
+    def catalog(self) -> Catalog:
+        return Catalog.open(self._address)
+
+
+@pytest.fixture(params=[SameDirectory, OtherMachine])
 def pair(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path: Path) -> Iterator[Pair]:
-    postgres = request.getfixturevalue("postgres") if request.param == "PostgreSQL" else None
-    pair = Pair(tmp_path / "server", models, postgres)
+    pair: Pair
+    if request.param is SameDirectory:
+        pair = SameDirectory(tmp_path / "server", models)
+    else:
+        s3: S3Server = request.getfixturevalue("s3")
+        url = f"s3://{s3.bucket()}/holdfast"
+        pair = OtherMachine(tmp_path, models, request.getfixturevalue("postgres"), url)
     try:
         yield pair
     finally:
@@ -193,7 +200,7 @@ def pair(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path: Path
         pair.new.stop()
 
 
-def test_a_server_that_comes_back_after_another_one_took_over_changes_nothing(
+def test_another_server_goes_on_and_the_one_that_comes_back_changes_nothing(
     pair: Pair, undisturbed: tuple[str, str]
 ) -> None:
     """It was suspended, and all that keeps two servers apart was taken away meanwhile."""
@@ -204,6 +211,7 @@ def test_a_server_that_comes_back_after_another_one_took_over_changes_nothing(
         run.result(run.forward_backward(1, seed=1))
         run.result(run.optim_step(2))
         first = run.save(3, "a")
+        accepted = run.forward_backward(4, seed=2)
     os.kill(old.pid, signal.SIGSTOP)
     pair.separate()
     # What the old server finds when it goes on: a step, a save, a deletion.
@@ -217,7 +225,7 @@ def test_a_server_that_comes_back_after_another_one_took_over_changes_nothing(
     new.start()
     with http_client(new) as http:
         run.http, run._server = http, new
-        run.result(run.forward_backward(4, seed=2))
+        run.result(accepted)
         run.result(run.optim_step(5))
         second = run.save(6, "b")
         os.kill(old.pid, signal.SIGCONT)
@@ -228,7 +236,7 @@ def test_a_server_that_comes_back_after_another_one_took_over_changes_nothing(
         assert len(said) == 3 and set(said) <= {"no answer", "503"}, said
         assert (first, second) == undisturbed
         assert run.save(7, "c") == second
-    with new.store() as store:
+    with pair.store() as store:
         assert {key.name for key, _ in store.names(run.model_id)} == {"a", "b", "c"}
     assert "this catalog has been taken over by" in old.log
     assert f"process {new.pid} on " in old.log and "the epoch is 2, and 1 was" in old.log
@@ -251,9 +259,9 @@ def late_calls(server: ServerProcess, run: RawRun) -> list[Callable[[], str]]:
 
         return call
 
-    save = {"model_id": run.model_id, "seq_id": 4, "path": "late"}
+    save = {"model_id": run.model_id, "seq_id": 5, "path": "late"}
     return [
-        ask("POST", "forward_backward", run.batch(4, seed=99)),
+        ask("POST", "forward_backward", run.batch(5, seed=99)),
         ask("POST", "save_weights", save),
         ask("DELETE", f"training_runs/{run.model_id}/checkpoints/weights/a"),
     ]
