@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from holdfast.catalog import Catalog
+from holdfast.catalog import Catalog, database
 from holdfast.catalog.tables import runs
 from holdfast.runs import doctor, journal, stored
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.doctor import Diagnosis
 from holdfast.runs.journal import RunKey
-from holdfast.runs.segments import Segments
+from holdfast.runs.order import Entry
+from holdfast.runs.segments import Place, Segments
 from holdfast.store import LocalStore, Manifest, NameKey
 from holdfast.store.base import OnDamage
 from tests.store.samples import WEIGHTS, key_of, manifest_of
@@ -213,3 +214,34 @@ async def test_a_recovery_point_of_a_run_that_ends_meanwhile_is_not_missed(
         assert not steps
         assert found.lost_recovery_points == ({} if lets_go else {key.id: manifest_id})
         assert found.ok == lets_go
+
+
+class Slow(Segments):
+    """Segments on a disk that takes its time."""
+
+    def read(self, place: Place, size: int) -> bytes:
+        time.sleep(0.1)
+        return super().read(place, size)
+
+
+@pytest.mark.anyio
+async def test_a_journal_may_take_longer_to_read_than_one_read_may(
+    catalog: Catalog, store: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = Slow(tmp_path / "segments", above=0)
+    catalog.before_commit(segments.sync)
+    key = RunKey("run", 0)
+
+    def add(connection: sa.Connection) -> None:
+        stored.insert(connection, sample(store, run=key.id))
+        for seq in range(1, 13):
+            entry = Entry(seq, "forward", journal.digest(b"body"))
+            journal.add(connection, segments, key, entry, now=1.0, body=b"body")
+
+    await catalog.write(add)
+    (segment,) = (tmp_path / "segments").iterdir()
+    segment.write_bytes(segment.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(database, "READ_TAKES", 1.0)
+    found = await doctor.examine(store, catalog, segments, alone=True)
+    assert len(found.journal_damage) == 1
+    segments.close()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -145,7 +146,7 @@ async def examine(
         orphan_blobs=max(0, report.blobs - len(used)),
         orphan_size=max(0, report.size - sum(used.values())),
         differences=differences,
-        journal_damage=tuple(await catalog.read(lambda c: journal.damage(c, segments))),
+        journal_damage=await _journal_damage(catalog, segments),
         lost_recovery_points=await _lost_recovery_points(store, catalog),
         lost_runs=_without_name(
             reached, await _newest_intact(store, await _of_lost_runs(reached, catalog))
@@ -162,6 +163,15 @@ async def _standing(checkpoints: Checkpoints, found: Differences, seen: float) -
             break
         await asyncio.sleep(_BETWEEN_LOOKS)
     return found
+
+
+async def _journal_damage(catalog: Catalog, segments: Segments) -> tuple[RunError, ...]:
+    """One at a time: together they may take longer than a read may."""
+    found: list[RunError | None] = [
+        await catalog.read(partial(journal.damage, segments=segments, content=content))
+        for content in await catalog.read(journal.kept)
+    ]
+    return tuple(error for error in found if error is not None)
 
 
 async def repair(store: Store, catalog: Catalog) -> Repaired:

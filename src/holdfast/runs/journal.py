@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -300,16 +300,29 @@ def outcome(connection: Connection, segments: Segments, key: RunKey, seq: int) -
     return expired(key, seq) if result is None else Outcome(row.kind, result=result)
 
 
-def damage(connection: Connection, segments: Segments) -> list[JournalDamaged]:
-    """Read every body and result that is kept: which are not what was written."""
-    kept = sa.select(contents.c.run_id, contents.c.generation, contents.c.seq, contents.c.part)
-    found = []
-    for run, generation, seq, part in connection.execute(kept).all():
-        try:
-            _content(connection, segments, RunKey(run, generation), seq, part)
-        except JournalDamaged as error:
-            found.append(error)
-    return found
+class Content(NamedTuple):
+    """A body or result that is kept."""
+
+    key: RunKey
+    seq: int
+    part: Part
+
+
+def kept(connection: Connection) -> list[Content]:
+    """Every body and result that is kept."""
+    rows = connection.execute(
+        sa.select(contents.c.run_id, contents.c.generation, contents.c.seq, contents.c.part)
+    )
+    return [Content(RunKey(run, generation), seq, part) for run, generation, seq, part in rows]
+
+
+def damage(connection: Connection, segments: Segments, content: Content) -> JournalDamaged | None:
+    """What is wrong if it is not what was written; None also when it is not kept any more."""
+    try:
+        _content(connection, segments, *content)
+    except JournalDamaged as error:
+        return error
+    return None
 
 
 def expired(key: RunKey, seq: int) -> Outcome:
