@@ -348,7 +348,8 @@ def run_script(
         if "elixir" in clients:
             services["elixir"] = stack.enter_context(tinkex.ServiceClient(url))
         if "own" in clients:
-            services["own"] = stack.enter_context(_own_service(url))
+            own = holdfast.ServiceClient(base_url=url, api_key=API_KEY)
+            services["own"] = stack.enter_context(own)
         tenants = [
             _TENANTS[client](services[client], server, number, steps, watcher)
             for number, client in enumerate(clients, start=1)
@@ -371,13 +372,6 @@ def _sdk(url: str) -> Iterator[tinker.ServiceClient]:
         raise
     with service:
         pass
-
-
-@contextmanager
-def _own_service(url: str) -> Iterator[holdfast.ServiceClient]:
-    service = holdfast.ServiceClient(base_url=url, api_key=API_KEY)
-    yield service  # for an orderly end after an error see above
-    service.close().result(timeout=WAIT)
 
 
 def _in_thread(tenant: Tenant[Any]) -> Future[Seen]:
