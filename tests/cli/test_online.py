@@ -175,6 +175,7 @@ def test_what_was_downloaded_can_be_imported_beside_the_server(
         (["checkpoint", "list", "--limit", "0"], 2, "--limit"),
         (["checkpoint", "list", "--run", "none"], 1, "'none' not found"),
         (["run", "info", "none"], 1, "'none' not found"),
+        (["run", "info", "tinker://R/weights/x"], 1, "run id 'tinker://R/weights/x' is not"),
         (["run", "list", "--url", "nonsense"], 1, "http://HOST:PORT"),
         (["run", "list", "--api-key", "tml-\n"], 1, "API key"),
     ],

@@ -67,3 +67,17 @@ def test_a_value_out_of_range_is_refused_unless_a_flag_goes_before_it(tmp_path: 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(click.BadParameter, match="sets 'prot'; known are"):
         read(tmp_path, "prot = 1")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_a_device_is_taken(tmp_path: Path, device: str) -> None:
+    assert read(tmp_path, f'device = "{device}"')["device"] == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda1", ""])
+def test_what_is_no_device_is_said_before_anything_starts(tmp_path: Path, device: str) -> None:
+    data = tmp_path / "data"
+    shown = CliRunner().invoke(serve, ["--device", device, "--data-dir", str(data)])
+    assert shown.exit_code == 2
+    assert f"{device!r} is not cpu, cuda, cuda:N or auto" in shown.output
+    assert not data.exists()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from holdfast import ServiceClient, TrainingClient
+from holdfast import AdamParams, SamplingParams, ServiceClient, TrainingClient
 from holdfast.client.futures import ClientFuture
 from holdfast.client.runtime import runtime
 from holdfast.errors import (
@@ -208,6 +208,16 @@ def test_wrong_arguments_are_errors_of_the_call(client: ServiceClient) -> None:
         client.create_sampling_client()
     with pytest.raises(RequestError, match="http://HOST:PORT"):
         ServiceClient(base_url="localhost:8000")
+    with pytest.raises(RequestError, match="leave out /api/v1"):
+        ServiceClient(base_url="http://localhost:8000/api/v1/")
+
+
+def test_a_parameter_that_is_none_is_an_error_and_not_the_default() -> None:
+    with pytest.raises(ValueError, match=r"lr\n.*not permitted"):
+        AdamParams(lr=1e-3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"max_token\n.*not permitted"):
+        SamplingParams(max_token=3)  # type: ignore[call-arg]
+    assert AdamParams(learning_rate=1e-3).learning_rate == 1e-3
 
 
 def test_leaving_the_block_says_how_it_ended(scripted: ScriptedServer) -> None:

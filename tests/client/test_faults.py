@@ -306,6 +306,8 @@ def test_nobody_at_the_address_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> 
     client = ServiceClient(base_url="http://127.0.0.1:9")
     with pytest.raises(ConnectionFailedError, match=r"127\.0\.0\.1:9"):
         client.get_server_capabilities()
+    with pytest.raises(ConnectionFailedError, match="is a server running there"):
+        client.create_lora_training_client("tiny").result(10)
 
 
 def test_answers_outside_of_the_protocol_are_a_fault_to_report(

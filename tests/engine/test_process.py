@@ -201,6 +201,27 @@ async def test_a_base_model_that_cannot_be_loaded(
             await worker.create("run", run_config())
 
 
+async def test_a_device_that_is_not_there(small: Path, tmp_path: Path) -> None:
+    device = "cuda:99"
+    worker = await WorkerProcess.start(
+        name=NAME,
+        source=str(small),
+        store=tmp_path / "store",
+        device=device,
+        threads=1,
+        token_budget=BUDGET,
+    )
+    try:
+        with pytest.raises(
+            EngineError, match=f"The device '{device}' cannot be used here"
+        ) as caught:
+            await worker.ready()
+        assert caught.value.code == "model_not_loadable"
+        assert "'auto' takes what there is" in caught.value.message
+    finally:
+        await worker.close()
+
+
 PARENT = """
 import asyncio, sys
 from pathlib import Path

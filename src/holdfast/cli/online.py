@@ -26,14 +26,14 @@ def server_options(command: F) -> F:
         "--api-key",
         envvar=["HOLDFAST_API_KEY", "TINKER_API_KEY"],
         default="tml-local",
-        show_default="TINKER_API_KEY, or tml-local",
+        show_default="HOLDFAST_API_KEY, TINKER_API_KEY, or tml-local",
         help="The key that the server knows you by.",
     )(command)
     return click.option(
         "--url",
         envvar=["HOLDFAST_BASE_URL", "TINKER_BASE_URL"],
         default="http://127.0.0.1:8000",
-        show_default="TINKER_BASE_URL, or http://127.0.0.1:8000",
+        show_default="HOLDFAST_BASE_URL, TINKER_BASE_URL, or http://127.0.0.1:8000",
         help="The server's address.",
     )(command)
 

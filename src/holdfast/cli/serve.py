@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
 from holdfast.cli.options import catalog, data_dir, read_config, store
+
+
+class DeviceType(click.ParamType[str]):
+    """A device's name. Whether there is such a device, the engine knows."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            self.fail(f"{value!r} is not cpu, cuda, cuda:N or auto", param, ctx)
+        return value
 
 
 @click.command(name="serve", context_settings={"auto_envvar_prefix": "HOLDFAST"})
@@ -53,7 +66,9 @@ from holdfast.cli.options import catalog, data_dir, read_config, store
 )
 @click.option(
     "--device",
+    type=DeviceType(),
     default="auto",
+    metavar="DEVICE",
     show_default=True,
     help="cpu, cuda, cuda:1, … or auto.",
 )

@@ -34,7 +34,7 @@ from holdfast.protocol.checkpoints import (
     ExternalWeightsUrlsResponse,
     SetTtlRequest,
 )
-from holdfast.protocol.paths import CheckpointPath
+from holdfast.protocol.paths import CheckpointPath, check_run_id
 from holdfast.protocol.rest import AssignProjectRequest
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class RestClient:
         >>> rest.get_training_run(run_id).result().last_checkpoint.tinker_path  # doctest: +SKIP
         """
         params = {"access_scope": access_scope}
-        return self._get(f"training_runs/{_segment(training_run_id)}", TrainingRun, params)
+        return self._get(_run_path(training_run_id), TrainingRun, params)
 
     async def get_training_run_async(
         self, training_run_id: str, access_scope: AccessScope = "owned"
@@ -135,9 +135,7 @@ class RestClient:
 
         >>> rest.list_checkpoints(run_id).result().checkpoints  # doctest: +SKIP
         """
-        return self._get(
-            f"training_runs/{_segment(training_run_id)}/checkpoints", CheckpointsListResponse
-        )
+        return self._get(f"{_run_path(training_run_id)}/checkpoints", CheckpointsListResponse)
 
     async def list_checkpoints_async(self, training_run_id: str) -> CheckpointsListResponse:
         """As `list_checkpoints`, to its result."""
@@ -452,10 +450,14 @@ def _nothing(answer: Answer) -> None:
     return None
 
 
+def _run_path(run_id: str) -> str:
+    return f"training_runs/{_segment(check_run_id(run_id))}"
+
+
 def _segment(text: str) -> str:
     return quote(text, safe=":")
 
 
 def _address(tinker_path: str) -> str:
     path = CheckpointPath.parse(tinker_path)
-    return f"training_runs/{_segment(path.run_id)}/checkpoints/{path.kind}/{path.name}"
+    return f"{_run_path(path.run_id)}/checkpoints/{path.kind}/{path.name}"

@@ -375,6 +375,8 @@ def connect(
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RequestError(f"base_url {url!r:.200}: http://HOST:PORT or https://HOST is expected")
+    if parts.path.rstrip("/").endswith("/api/v1"):
+        raise RequestError(f"base_url {url!r:.200}: leave out /api/v1, which the client adds")
     key = api_key or env.get("HOLDFAST_API_KEY") or env.get("TINKER_API_KEY") or "tml-local"
     if not key.isascii() or not key.isprintable():
         raise RequestError("the API key has characters that cannot be sent")

@@ -20,7 +20,7 @@ import httpx2
 
 from holdfast.client.http import JSON_TYPE, VERSION, RetryConfig, Server
 from holdfast.client.outbox import Outbox, closed, ended
-from holdfast.protocol.errors import HoldfastError
+from holdfast.protocol.errors import ConnectionFailedError, HoldfastError
 from holdfast.protocol.sessions import (
     ClientConfigResponse,
     CreateSessionRequest,
@@ -83,7 +83,15 @@ class Session:
         return self._id
 
     async def _create(self) -> None:
-        self.config = await read_config(self.server)
+        try:
+            self.config = await read_config(self.server)
+        except ConnectionFailedError as error:
+            error.message += (
+                "; is a server running there? Another one is named with base_url, or"
+                " HOLDFAST_BASE_URL"
+            )
+            error.args = (error.message,)
+            raise
         answer = await self.server.call("POST", "create_session", self._request)
         created = answer.read(CreateSessionResponse)
         for level, text in (

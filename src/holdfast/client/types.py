@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ConfigDict
+
+from holdfast.protocol import sampling, training
 from holdfast.protocol.checkpoints import (
     Checkpoint,
     CheckpointsListResponse,
@@ -27,11 +30,10 @@ from holdfast.protocol.rest import (
     TrainingRun,
     TrainingRunsResponse,
 )
-from holdfast.protocol.sampling import GetSamplerResponse, SamplingParams
+from holdfast.protocol.sampling import GetSamplerResponse
 from holdfast.protocol.sessions import GetServerCapabilitiesResponse, SupportedModel
 from holdfast.protocol.tensors import Tensor
 from holdfast.protocol.training import (
-    AdamParams,
     GetInfoResponse,
     LoraConfig,
     ModelData,
@@ -85,6 +87,25 @@ __all__ = [
     "UnloadModelResponse",
     "WeightsInfoResponse",
 ]
+
+
+class AdamParams(training.AdamParams):
+    """One AdamW step's parameters; weight_decay is decoupled, grad_clip_norm 0 is off.
+
+    A name that is none of them is an error: a typing error does not train with the default.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SamplingParams(sampling.SamplingParams):
+    """`stop`: absent is the model's end of sequence, an empty list is no stop at all.
+
+    A name that is none of them is an error.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
 
 TensorDtype = Literal["float32", "int64"]
 

@@ -54,7 +54,7 @@ def load_base(
         tokenizer_id = source
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = torch.device(device)
+    target = _device(device)
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     try:
         config = AutoConfig.from_pretrained(directory)
@@ -126,6 +126,22 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _device(name: str) -> torch.device:
+    """Raises EngineError for one that this machine has not, or that this torch cannot use."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(
+            "model_not_loadable",
+            f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}. This torch"
+            f" ({torch.__version__}) sees {torch.cuda.device_count()} CUDA devices; 'auto' takes"
+            " what there is.",
+            "server",
+        ) from None
+    return device
 
 
 def _locate(source: str) -> Path:

@@ -83,11 +83,7 @@ class CheckpointPath:
     @classmethod
     def of(cls, run_id: str, kind: str, name: str) -> CheckpointPath:
         """Build a path from parts that came from outside, checking each."""
-        if not _RUN_ID.fullmatch(run_id):
-            raise InvalidPathError(
-                f"run id {_shown(run_id)} is not allowed: letters, digits, ':', '.', '_' and '-',"
-                " beginning with a letter or digit"
-            )
+        check_run_id(run_id)
         for known in KINDS:
             if kind == known:
                 try:
@@ -109,6 +105,16 @@ class CheckpointPath:
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.run_id}/{self.kind}/{self.name}"
+
+
+def check_run_id(text: str) -> str:
+    """The text, when it may be a run's id. Raises InvalidPathError."""
+    if not _RUN_ID.fullmatch(text):
+        raise InvalidPathError(
+            f"run id {_shown(text)} is not allowed: letters, digits, ':', '.', '_' and '-',"
+            " beginning with a letter or digit"
+        )
+    return text
 
 
 def _shown(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -192,9 +193,16 @@ def _socket(settings: Settings) -> Iterator[socket.socket]:
         try:
             listening.bind((settings.host, settings.port))
         except (OSError, OverflowError) as error:
+            wrong_host = isinstance(error, socket.gaierror) or (
+                isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL
+            )
+            remedy = (
+                "--host is an address of this machine"
+                if wrong_host
+                else "choose another --port (0 takes any free one)"
+            )
             raise CannotServe(
-                f"cannot listen on {settings.host}:{settings.port}: {error}; "
-                "choose another --port (0 takes any free one)"
+                f"cannot listen on {settings.host}:{settings.port}: {error}; {remedy}"
             ) from error
         listening.listen(2048)
         yield listening
