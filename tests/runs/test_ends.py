@@ -18,7 +18,7 @@ from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import CreateFromState, Save
 from holdfast.runs.driver import Driver
 from holdfast.runs.errors import RunError
-from holdfast.runs.journal import Outcome, RunKey
+from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.run import Run
 from holdfast.runs.service import RunRecord
@@ -680,6 +680,27 @@ def test_what_an_end_is_to_follow_is_finished_when_the_server_dies(
     assert kept in [key for key, _ in clients._world.store.names()]
     run.interpret(1, clients._now)
     clients._check_state(kept, run.history[1], optimizer=True)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_session_ends_together_with_the_note_of_what_is_finished_first(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    """The server dies before any of the session's runs has been told."""
+    told, first_life = Run.note_end, clients._world.runs
+
+    async def not_told(run: Run, reason: Failure) -> None:
+        if clients._world.runs is first_life:
+            await asyncio.Event().wait()
+        await told(run, reason)
+
+    monkeypatch.setattr(Run, "note_end", not_told)
+    if not noted:
+        monkeypatch.setattr(Run, "end_note", lambda *_: lambda _: None)
+    first, second = ends_under_way(clients, whole_session=True)
+    assert first is not None and second is not None and second.failure is not None
+    assert second.failure.code == "session_ended"
+    assert (first.failure is None) is noted
 
 
 def test_what_an_end_is_to_follow_ends_when_no_worker_is_to_be_had(

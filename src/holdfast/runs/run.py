@@ -526,14 +526,16 @@ class Run:
         And which operation is finished first, if it ends after that. Raises CatalogUnavailable.
         """
         if not self._end_noted:
-            under_way, after = self.order.under_way, -1
-            if under_way is not None and reason.code in _AFTER_WHAT_HAS_BEGUN:
-                after = under_way
-            await self.services.catalog.write(
-                lambda c: journal.note_end(c, self.key, reason, after)
-            )
+            await self.services.catalog.write(self.end_note(reason))
             self._end_noted = True
             failpoints.reach("end.noted")
+
+    def end_note(self, reason: Failure) -> Callable[[Connection], None]:
+        """What `note_end` would write now, for a transaction with what is the cause of the end."""
+        under_way, after = self.order.under_way, -1
+        if under_way is not None and reason.code in _AFTER_WHAT_HAS_BEGUN:
+            after = under_way
+        return lambda connection: journal.note_end(connection, self.key, reason, after)
 
     def end_was_noted(self, reason: Failure, after: int) -> None:
         """Take up a run that was about to end, `after` that number, when its server died.

@@ -540,13 +540,19 @@ class Runs:
         await asyncio.shield(self._end_session(session_id, reason, detail))
 
     async def _end_session(self, session_id: str, reason: str, detail: str | None) -> None:
-        if await self.sessions.end(session_id, reason, detail):
+        failure = _session_ended(session_id, reason)
+        # With what each of its runs is to finish: the server may die before they are told.
+        notes = [live.run.end_note(failure) for live in self._live_in(session_id)]
+        if await self.sessions.end(session_id, reason, detail, also=notes):
             self._background(self._close_session(session_id, reason))
+
+    def _live_in(self, session_id: str) -> list[_Live]:
+        return [live for live in self._live.values() if live.run.info.session_id == session_id]
 
     async def _close_session(self, session_id: str, reason: str | None) -> None:
         failure = _session_ended(session_id, reason)
         async with self._creating:  # a run that is being created is one of them
-            mine = [x for x in self._live.values() if x.run.info.session_id == session_id]
+            mine = self._live_in(session_id)
         found = await asyncio.gather(
             *(self._finish(live, failure) for live in mine), return_exceptions=True
         )

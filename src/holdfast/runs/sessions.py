@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
@@ -151,8 +151,18 @@ class Sessions:
         if row.ended is not None:
             raise _ended(session_id, row.end_reason)
 
-    async def end(self, session_id: str, reason: str, detail: str | None = None) -> bool:
-        """Mark a session as ended, durably. False when it had ended before."""
+    async def end(
+        self,
+        session_id: str,
+        reason: str,
+        detail: str | None = None,
+        *,
+        also: Iterable[Callable[[sa.Connection], None]] = (),
+    ) -> bool:
+        """Mark a session as ended, durably. False when it had ended before.
+
+        Where it had not, what is `also` to be written is part of the same transaction.
+        """
 
         def work(connection: sa.Connection) -> bool:
             done = connection.execute(
@@ -161,7 +171,11 @@ class Sessions:
                 .values(ended=time.time(), end_reason=reason, end_detail=detail)
             )
             journal.close_session(connection, session_id, now=self._clock.now())
-            return done.rowcount > 0
+            if done.rowcount == 0:
+                return False
+            for write in also:
+                write(connection)
+            return True
 
         ended = await self._catalog.write(work)
         self._seen.pop(session_id, None)  # not before: what was refused is tried again
