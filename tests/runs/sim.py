@@ -341,6 +341,8 @@ class World:
         """How many calls got none so far."""
         self.unstartable = 0
         """How many times a worker cannot be started from now on."""
+        self.unstarted = 0
+        """How many times in a row none could be until now."""
         self.unloadable = 0
         """How many workers cannot load their base model from now on, when one has before."""
         self.known: set[str] = set()
@@ -520,7 +522,9 @@ class World:
     async def _start_engine(self, name: str) -> ToyEngine:
         if self.unstartable > 0:
             self.unstartable -= 1
+            self.unstarted += 1
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self.unstarted = 0
         engine = ToyEngine(
             self.store,
             self._engine_point,

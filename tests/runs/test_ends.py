@@ -394,11 +394,11 @@ def test_a_session_expires_though_its_end_was_refused_once(
     honest = Sessions.end
     tried = []
 
-    async def end(self: Sessions, *args: Any) -> bool:
+    async def end(self: Sessions, *args: Any, **also: Any) -> bool:
         tried.append(args)
         if len(tried) == 1:
             clients._world.refuse_commits = 1
-        return await honest(self, *args)
+        return await honest(self, *args, **also)
 
     monkeypatch.setattr(Sessions, "end", end)
     clients._world.let(40 * 60)
