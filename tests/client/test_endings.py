@@ -29,10 +29,11 @@ class OwnError(Exception):
 
 
 @contextmanager
-def within(seconds: float) -> Iterator[None]:
+def soon() -> Iterator[None]:
+    """Far less than what must not be waited for takes, on a busy machine too."""
     started = time.monotonic()
     yield
-    assert time.monotonic() - started < seconds
+    assert time.monotonic() - started < 20.0
 
 
 @contextmanager
@@ -89,8 +90,8 @@ def test_a_models_block_waits_for_what_was_called_in_it(
 
 
 def test_a_block_that_fails_gives_up_what_waits(scripted: ScriptedServer) -> None:
-    scripted.op_seconds = 30.0
-    with pytest.raises(OwnError), within(2), training_in(scripted) as (_, training):
+    scripted.op_seconds = 60.0
+    with pytest.raises(OwnError), soon(), training_in(scripted) as (_, training):
         waiting = training.optim_step()
         while not scripted.sent("retrieve_future")[1:]:
             time.sleep(0.01)
@@ -104,9 +105,9 @@ def test_a_block_that_fails_gives_up_what_waits(scripted: ScriptedServer) -> Non
 def test_a_models_block_that_fails_gives_up_what_waits(
     scripted: ScriptedServer, client: ServiceClient
 ) -> None:
-    scripted.op_seconds = 30.0
+    scripted.op_seconds = 60.0
     training = client.create_lora_training_client("tiny").result(10)
-    with pytest.raises(OwnError), within(2), training:
+    with pytest.raises(OwnError), soon(), training:
         waiting = training.optim_step()
         raise OwnError
     with pytest.raises(ClosedError):
@@ -118,7 +119,7 @@ def test_a_models_block_that_fails_gives_up_what_waits(
 def test_a_block_that_fails_ends_at_once_when_the_server_is_gone(
     scripted: ScriptedServer, reason: type[BaseException]
 ) -> None:
-    with pytest.raises(reason), within(2), training_in(scripted, RetryConfig()) as made:
+    with pytest.raises(reason), soon(), training_in(scripted, RetryConfig()) as made:
         service, training = made
         with service.create_lora_training_client("tiny").result(10):
             training.optim_step()
@@ -131,14 +132,14 @@ def test_a_block_that_fails_ends_at_once_when_the_server_is_gone(
 
 def test_a_block_that_fails_does_not_wait_long_for_an_answer(scripted: ScriptedServer) -> None:
     scripted.faults[FINISH].append(Fault(delay=60))
-    with pytest.raises(OwnError), within(5), training_in(scripted, RetryConfig()):
+    with pytest.raises(OwnError), soon(), training_in(scripted, RetryConfig()):
         raise OwnError
     assert len(scripted.sent(FINISH)) == 1
 
 
 def test_a_block_that_fails_before_there_is_a_session_ends_soon(scripted: ScriptedServer) -> None:
     scripted.faults["client/config"].append(Fault(delay=60))
-    with pytest.raises(OwnError), within(5), ServiceClient(base_url=scripted.url) as service:
+    with pytest.raises(OwnError), soon(), ServiceClient(base_url=scripted.url) as service:
         making = service.create_lora_training_client("tiny")
         while not scripted.sent("client/config"):
             time.sleep(0.01)
@@ -150,12 +151,11 @@ def test_a_block_ends_soon_and_says_so_when_the_server_is_gone(
     scripted: ScriptedServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "_END_SECONDS", 0.5)
-    with within(5), training_in(scripted, RetryConfig()) as (service, training):
+    with soon(), training_in(scripted, RetryConfig()) as (service, training):
         made = service.create_lora_training_client("tiny").result(10)
         training.optim_step().result(10)
         scripted.down()
-        with within(2):
-            made.close()
+        made.close()
     scripted.up()
     model, ended = (record.getMessage() for record in caplog.records)
     assert model.startswith("model S1:train:1 was not ended at the server")
@@ -183,7 +183,7 @@ def test_what_was_called_is_waited_for_as_long_as_its_future_would_be(
 ) -> None:
     monkeypatch.setattr(session, "_END_SECONDS", 0.1)
     patience = RetryConfig(give_up_after=0.5, first_delay=0.01, max_delay=0.05)
-    with within(5), training_in(scripted, patience) as (_, training):
+    with soon(), training_in(scripted, patience) as (_, training):
         training.optim_step().result(10)
         scripted.down()
         lost = training.save_state("a")
@@ -244,7 +244,7 @@ def run(
             time.sleep(again_after)
             process.send_signal(signal.SIGINT)
         try:
-            _, stderr = process.communicate(timeout=15)
+            _, stderr = process.communicate(timeout=40)
         finally:
             process.kill()
     if gone:
@@ -252,6 +252,10 @@ def run(
     return process.returncode, stderr
 
 
+PATIENT = """
+from holdfast.client import runtime, session
+runtime._EXIT_SECONDS = session._END_SECONDS = 60.0
+"""
 PENDING = "futures = [training.optim_step() for _ in range(5)] + [training.save_state('a')]\n"
 
 SCRIPTS = {
@@ -296,7 +300,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("body", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_process_ends_without_a_word(scripted: ScriptedServer, body: str) -> None:
-    assert run(scripted, body) == (0, "")
+    assert run(scripted, PATIENT + body) == (0, "")
     (finish,) = scripted.sent(FINISH)
     assert finish.json()["reason"]["type"] == "success"
     if "save_state" in body:  # nobody waited for it, and it was not lost
@@ -306,23 +310,30 @@ def test_a_process_ends_without_a_word(scripted: ScriptedServer, body: str) -> N
 def test_a_process_that_ends_leaves_to_the_server_what_takes_longer(
     scripted: ScriptedServer,
 ) -> None:
-    with within(10):
-        assert run(scripted, PENDING, op_seconds=30.0) == (0, "")
+    with soon():
+        assert run(scripted, PENDING, op_seconds=60.0) == (0, "")
     # All of it was taken in, and a session that is not finished executes it.
     assert applied(scripted)[1:] == ["optim_step"] * 5 + ["save_weights"]
     assert scripted.sent(FINISH) == []
 
 
-@pytest.mark.parametrize(
-    "body",
-    [SCRIPTS["two clients"] + SCRIPTS["with a waiting thread"], "service.close()"],
-    ids=["operations under way", "closed"],
-)
+@pytest.mark.parametrize("body", ["", "service.close()"], ids=["left open", "closed"])
 def test_a_process_ends_without_a_word_when_the_server_is_gone(
     scripted: ScriptedServer, body: str
 ) -> None:
-    with within(10):
+    with soon():
         assert run(scripted, body, gone=True) == (0, "")
+
+
+def test_a_process_that_ends_says_what_the_server_has_not_taken_in(
+    scripted: ScriptedServer,
+) -> None:
+    body = SCRIPTS["two clients"] + SCRIPTS["with a waiting thread"]
+    with soon():
+        status, stderr = run(scripted, body, gone=True)
+    assert status == 0
+    (line,) = stderr.splitlines()
+    assert "has confirmed 12 operations, which may be lost; the first of them: optim_step." in line
 
 
 @pytest.mark.parametrize(
@@ -335,7 +346,7 @@ def test_a_process_ends_without_a_word_when_the_server_is_gone(
 def test_a_process_that_fails_tells_the_server_and_shows_its_own_error_alone(
     scripted: ScriptedServer, body: str, reason: str, error: str
 ) -> None:
-    status, stderr = run(scripted, PENDING + body, op_seconds=30.0)
+    status, stderr = run(scripted, PENDING + body, op_seconds=60.0)
     assert status != 0
     assert own_traceback_alone(stderr, error)
     (finish,) = scripted.sent(FINISH)
@@ -359,8 +370,8 @@ WAITS = {
 def test_an_interrupted_process_ends_at_once_and_tells_the_server(
     scripted: ScriptedServer, body: str
 ) -> None:
-    with within(5):
-        status, stderr = run(scripted, body, op_seconds=30.0, interrupt_after="retrieve_future")
+    with soon():
+        status, stderr = run(scripted, body, op_seconds=60.0, interrupt_after="retrieve_future")
     assert status == -signal.SIGINT
     assert own_traceback_alone(stderr, "KeyboardInterrupt")
     (finish,) = scripted.sent(FINISH)
@@ -369,8 +380,8 @@ def test_an_interrupted_process_ends_at_once_and_tells_the_server(
 
 def test_interrupting_the_end_of_a_process_hurries_it(scripted: ScriptedServer) -> None:
     scripted.faults[FINISH].append(Fault(delay=60))
-    with within(3):
-        assert run(scripted, "", interrupt_after=FINISH) == (0, "")
+    with soon():
+        assert run(scripted, PATIENT, interrupt_after=FINISH) == (0, "")
 
 
 def test_nothing_is_taken_in_once_the_process_is_at_its_end(scripted: ScriptedServer) -> None:

@@ -94,6 +94,11 @@ class Outbox:
         with self._lock:
             return [op for op in (*self._accepted, *self._queue) if not op.result.done()]
 
+    def unsent(self) -> list[Operation]:
+        """What the server has not confirmed to have taken in; on the loop's thread."""
+        with self._lock:
+            return list(self._queue)
+
     async def idle(self) -> None:
         """Wait until everything taken in so far has ended."""
         await ended(self.outstanding())

@@ -191,7 +191,19 @@ class Session:
             status: SessionEnd = "success"
         else:
             status = "interrupted" if isinstance(failed, KeyboardInterrupt) else "errored"
-        await self.close(status, "the process ended without closing its client")
+        try:
+            await self.close(status, "the process ended without closing its client")
+        except asyncio.CancelledError:  # the time is over
+            lost = [operation for outbox in self._outboxes for operation in outbox.unsent()]
+            if lost:
+                log.warning(
+                    "the process ends before the server has confirmed %d operations, which may be"
+                    " lost; the first of them: %s. Wait for the futures, or make the client in a"
+                    " `with` block, which does",
+                    len(lost),
+                    lost[0].path,
+                )
+            raise
 
 
 async def tell_end(
