@@ -84,3 +84,22 @@ async def test_who_is_cancelled_keeps_nobody_out(alone: bool) -> None:
     async with asyncio.timeout(1.0):
         await inside.enter("b", gate.among_others(), leave)
         await inside.enter("y", gate.alone(), leave)
+
+
+async def test_nobody_is_let_through_before_what_it_is_closed_for_has_ended() -> None:
+    gate, inside, over, leave = Gate(), Inside(), asyncio.Event(), asyncio.Event()
+    leave.set()
+
+    async def first() -> None:
+        await over.wait()
+
+    gate.close_until(asyncio.create_task(first()))
+    entering = [
+        inside.enter("one of many", gate.among_others(), leave),
+        inside.enter("alone", gate.alone(), leave),
+    ]
+    await settle()
+    assert inside.together == []
+    over.set()
+    await asyncio.wait_for(asyncio.gather(*entering), 10)
+    assert sorted(map(sorted, inside.together)) == [["alone"], ["one of many"]]

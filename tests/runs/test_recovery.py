@@ -18,6 +18,7 @@ from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
 from holdfast.runs.driver import MOST_STALLED, Driver
 from holdfast.runs.engines import HUNG_AFTER, LOADING_TAKES
 from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.gate import Gate
 from holdfast.runs.journal import Outcome
 from holdfast.runs.order import GAP_LEASE_ELIXIR, Entry, State
 from holdfast.runs.poison import MOST_BEGUN_AGAIN
@@ -634,9 +635,39 @@ def test_its_neighbours_do_not_fail_with_it(clients: Clients) -> None:
 
 
 def test_without_a_quarantine_they_do(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holdfast.runs.poison._QUARANTINED_AFTER", MOST_BEGUN_AGAIN + 1)
+    monkeypatch.setattr("holdfast.runs.poison.QUARANTINED_AFTER", MOST_BEGUN_AGAIN + 1)
     failure = compute_beside_what_ends_the_server(clients).failure
     assert failure is not None and failure.code == "operation_kills_server"
+
+
+def compute_just_before_what_ends_the_server(clients: Clients) -> list[Outcome]:
+    """In the same run, while outcomes cannot be recorded at once; those of both."""
+    (run,) = clients.all
+    clients.fill_the_disk(0.2)
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    clients._submit(run, FORWARD_BACKWARD, batch(2, ends=True))
+    return [wait_for(clients, run.ops[seq]) for seq in (1, 2)]
+
+
+def wait_for(clients: Clients, op: Op) -> Outcome:
+    while (found := clients._poll(op, 30.0)[0]) is None:
+        pass
+    return found
+
+
+def test_what_was_done_just_before_it_does_not_fail_with_it(clients: Clients) -> None:
+    done, failed = compute_just_before_what_ends_the_server(clients)
+    assert done.failure is None
+    assert failed.failure is not None and failed.failure.code == "operation_kills_server"
+    check_all(clients)
+
+
+def test_what_follows_at_once_blames_what_was_done_before(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gate, "close_until", lambda *_: None)
+    done, _ = compute_just_before_what_ends_the_server(clients)
+    assert done.failure is not None and done.failure.code == "operation_kills_server"
 
 
 def test_stops_in_good_order_are_none_of_its_deaths(clients: Clients) -> None:

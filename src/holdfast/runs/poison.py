@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from sqlalchemy import Connection
 
 from holdfast.runs import bodies, journal
+from holdfast.runs.gate import QUARANTINED_AFTER
 from holdfast.runs.journal import Failure
 from holdfast.runs.order import Entry
 from holdfast.runs.run import Run
@@ -17,8 +18,6 @@ MOST_DEATHS = 3
 MOST_BEGUN_AGAIN = 5
 """Starts of a server that began the same operation as their first of the run, and then ended: after
 so many it fails. More than deaths of a worker, since a server may end for many another reason."""
-_QUARANTINED_AFTER = 2
-"""Such starts after which nothing else is executed beside it."""
 
 
 def is_last(entry: Entry) -> bool:
@@ -74,8 +73,9 @@ class EndsServer(Exception):
 async def executing(run: Run, entry: Entry) -> AsyncIterator[None]:
     """Around an operation, once its turn on a worker has come.
 
-    One that has ended two servers or more is executed while no other operation is: then only the
-    one that does it is counted. Raises EndsServer for one that must not be begun once more.
+    One that has ended two servers or more is executed while no other operation is, and the next
+    one when its outcome is durable: then only the one that does it is counted. Raises EndsServer
+    for one that must not be begun once more.
     """
     gate = run.services.gate
     async with gate.alone() if is_quarantined(entry) else gate.among_others():
@@ -86,7 +86,7 @@ async def executing(run: Run, entry: Entry) -> AsyncIterator[None]:
 
 def is_quarantined(entry: Entry) -> bool:
     """Whether it is executed while no other operation is."""
-    return not entry.state.settled and entry.begun_again >= _QUARANTINED_AFTER
+    return not entry.state.settled and entry.begun_again >= QUARANTINED_AFTER
 
 
 async def _begin(run: Run, entry: Entry) -> None:

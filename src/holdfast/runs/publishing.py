@@ -28,7 +28,7 @@ from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Kept, Outcome
 from holdfast.runs.order import Entry
 from holdfast.runs.placement import Placement
-from holdfast.runs.poison import count_death, executing, is_last
+from holdfast.runs.poison import count_death, executing, is_last, is_quarantined
 from holdfast.runs.run import Run
 from holdfast.runs.samplers import Samplers
 from holdfast.store import Manifest, NameKey
@@ -139,7 +139,9 @@ class Publisher:
             covered, self.computed = self.computed, 0.0
         run.order.passed(entry.seq)
         failpoints.reach("save.copied")
-        self._publish_next(copy, self._finish_save(entry, save, copy, covered))
+        publishing = self._publish_next(copy, self._finish_save(entry, save, copy, covered))
+        if is_quarantined(entry):  # which ends when it is settled
+            run.services.gate.close_until(publishing)
 
     async def settle_published(self) -> None:
         """Settle as done the saves that are pending though their checkpoint is there.
@@ -372,7 +374,7 @@ class Publisher:
         if self._run.order.any_unsettled_below(seq):
             raise StateGone(f"what precedes position {seq} is to be published first")
 
-    def _publish_next(self, copy: _Copy, work: Coroutine[Any, Any, None]) -> None:
+    def _publish_next(self, copy: _Copy, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         before = self._tail
 
         async def after() -> None:
@@ -388,6 +390,7 @@ class Publisher:
         self._tail = asyncio.create_task(after())
         copy.host.writes(self._tail)
         self._tail.add_done_callback(self._report)
+        return self._tail
 
     def _report(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()

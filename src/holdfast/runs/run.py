@@ -21,7 +21,7 @@ from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.clock import ServingClock
 from holdfast.runs.engines import Engines
 from holdfast.runs.errors import RunError, Unavailable
-from holdfast.runs.gate import Gate
+from holdfast.runs.gate import QUARANTINED_AFTER, Gate
 from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Gap, Order, State
 from holdfast.runs.segments import Segments
@@ -383,13 +383,16 @@ class Run:
 
         The run goes on meanwhile. `also` writes more in the same transaction.
         """
-        if self.order[seq].state.settled:  # the run ended while it was executed
+        entry = self.order[seq]
+        if entry.state.settled:  # the run ended while it was executed
             return self._recording.get(seq) or asyncio.create_task(asyncio.sleep(0))
         self.order.settle(seq, State.DONE if outcome.failure is None else State.FAILED)
         body = self._bodies.pop(seq, None)
         self._bodies_size -= len(body or b"")
         task = asyncio.create_task(self._record(seq, outcome, target, also))
         self._recording[seq] = task
+        if entry.begun_again >= QUARANTINED_AFTER:
+            self.services.gate.close_until(task)
         return task
 
     async def _record(
