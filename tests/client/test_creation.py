@@ -213,10 +213,12 @@ def test_wrong_arguments_are_errors_of_the_call(client: ServiceClient) -> None:
 
 
 def test_a_parameter_that_is_none_is_an_error_and_not_the_default() -> None:
-    with pytest.raises(ValueError, match=r"lr\n.*not permitted"):
+    with pytest.raises(RequestError, match=r"^AdamParams: lr: .* are learning_rate,"):
         AdamParams(lr=1e-3)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match=r"max_token\n.*not permitted"):
+    with pytest.raises(RequestError, match=r"^SamplingParams: max_token: .*; the parameters are"):
         SamplingParams(max_token=3)  # type: ignore[call-arg]
+    with pytest.raises(RequestError, match=r"^AdamParams: learning_rate: .*; given: -1"):
+        AdamParams(learning_rate=-1)
     assert AdamParams(learning_rate=1e-3).learning_rate == 1e-3
 
 

@@ -406,6 +406,57 @@ def test_nothing_is_taken_in_once_the_process_is_at_its_end(scripted: ScriptedSe
     assert applied(scripted) == ["optim_step"]
 
 
+def test_whoever_waits_once_the_process_is_at_its_end_is_told(scripted: ScriptedServer) -> None:
+    body = textwrap.dedent("""
+        import atexit, holdfast.client.runtime as runtime
+        from holdfast.errors import ClosedError
+        atexit.unregister(runtime._current.shut_down)
+        future = training.optim_step()
+
+        def late():
+            for wait in (future.result, future.exception, lambda: asyncio.run(future._wait())):
+                try:
+                    wait()
+                except ClosedError as error:
+                    assert "the interpreter ends" in str(error)
+                else:
+                    assert False, "it is not done"
+
+        atexit.register(late)
+        atexit.register(runtime._current.shut_down)
+        """)
+    with soon():
+        assert run(scripted, body, op_seconds=60.0) == (0, "")
+
+
+def test_a_signals_handler_may_use_the_client_wherever_the_program_is(
+    scripted: ScriptedServer,
+) -> None:
+    body = textwrap.dedent("""
+        import signal
+        futures, asked = [], False
+
+        def submit(*_):
+            global asked
+            if not asked:  # not within itself
+                asked = True
+                futures.append(training.optim_step())
+                asked = False
+
+        signal.signal(signal.SIGALRM, submit)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            training._outbox.append()
+            training._runtime.soon(int)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert len(futures) > 100
+        service.close("errored")
+        """)
+    with soon():
+        assert run(scripted, body, op_seconds=0.0) == (0, "")
+
+
 def own_traceback_alone(stderr: str, error: str) -> bool:
     """Whether there are tracebacks of that error and nothing else, be it raised from within."""
     lines = stderr.splitlines()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from holdfast.client.runtime import Runtime
-from holdfast.protocol.errors import AwaitTimeoutError, OperationCancelledError
+from holdfast.protocol.errors import AwaitTimeoutError, ClosedError, OperationCancelledError
 
 T = TypeVar("T")
 
@@ -33,9 +33,10 @@ class Future(Generic[T]):
         """Wait for the result and return it.
 
         Raises the operation's error, AwaitTimeoutError when `timeout` seconds have passed (the
-        operation goes on) and OperationCancelledError after `cancel`.
+        operation goes on), OperationCancelledError after `cancel`, and ClosedError when the
+        interpreter ends and the operation has been given up.
         """
-        self._check_thread()
+        self._check_may_wait()
         try:
             return self._outcome.result(timeout)
         except TimeoutError:
@@ -46,7 +47,7 @@ class Future(Generic[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait, and return the operation's error, or None when it succeeded."""
-        self._check_thread()
+        self._check_may_wait()
         try:
             return self._outcome.exception(timeout)
         except TimeoutError:
@@ -87,6 +88,7 @@ class Future(Generic[T]):
         return waiter.result()
 
     async def _wait(self) -> T:
+        self._check_not_dropped()
         if not self._outcome.done():
             loop = asyncio.get_running_loop()
             done = asyncio.Event()
@@ -100,12 +102,17 @@ class Future(Generic[T]):
             await done.wait()
         return self._outcome.result()
 
-    def _check_thread(self) -> None:
+    def _check_may_wait(self) -> None:
+        self._check_not_dropped()
         if self._runtime.here and not self._outcome.done():
             raise RuntimeError(
                 "waiting for a result on the client's own thread would wait for ever: do it in"
                 " another thread, not in a done callback"
             )
+
+    def _check_not_dropped(self) -> None:
+        if self._runtime.dropping and not self._outcome.done():
+            raise ClosedError("the interpreter ends, and what was under way has been given up")
 
 
 class ClientFuture(Future[T]):

@@ -74,7 +74,7 @@ class Outbox:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._queue: deque[Operation] = deque()
         self._accepted: deque[Operation] = deque()
         self._sender: asyncio.Task[None] | None = None

@@ -54,6 +54,7 @@ class Work(Generic[T]):
     def _end(self, task: asyncio.Task[T]) -> None:
         if self._runtime.dropping:
             # Only daemon threads can be waiting now: they end with the process, without a word.
+            # Whoever comes later is told at once.
             _read(task)
         elif task.cancelled():
             self.future.set_exception(
@@ -99,7 +100,8 @@ class Runtime:
         self.dropping = False
         """Whether what is still under way is given up, because the interpreter ends."""
         self._ending = False
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
+        """Of its kind, since a signal's handler may use the client wherever its thread is."""
         self._lanes: dict[Lane, httpx2.AsyncClient] = {}
         self._tls: ssl.SSLContext | None = None
         self._at_exit: set[Callable[[], Coroutine[Any, Any, None]]] = set()
@@ -230,7 +232,7 @@ def _say_nothing(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
     """Instead of reporting what becomes of a loop that is never run again."""
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _current: Runtime | None = None
 
 
@@ -247,7 +249,7 @@ def runtime() -> Runtime:
 def _forget_parent() -> None:
     """In a forked child: the parent's loop does not run here, and what is on it is the parent's."""
     global _lock, _current
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     if _current is not None:
         _current.loop.set_exception_handler(_say_nothing)
         _current = None

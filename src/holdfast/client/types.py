@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from holdfast.protocol import sampling, training
+from holdfast.protocol.bodies import describe
 from holdfast.protocol.checkpoints import (
     Checkpoint,
     CheckpointsListResponse,
@@ -20,7 +21,7 @@ from holdfast.protocol.checkpoints import (
 )
 from holdfast.protocol.data import Audio, Chunk, EncodedText, Image, ImagePointer, Span
 from holdfast.protocol.data import Datum as WireDatum
-from holdfast.protocol.errors import InvalidTensorError
+from holdfast.protocol.errors import InvalidMessageError, InvalidTensorError
 from holdfast.protocol.paths import CheckpointPath
 from holdfast.protocol.rest import (
     GetSessionResponse,
@@ -89,22 +90,38 @@ __all__ = [
 ]
 
 
-class AdamParams(training.AdamParams):
+class _Parameters(BaseModel):
+    """Read from a caller: a name that is no parameter's does not leave that at its default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    if not TYPE_CHECKING:  # to which each has a parameter of its own
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                errors, name = error.errors(include_url=False), type(self).__name__
+                message = describe(errors)
+                if any(each["type"] == "extra_forbidden" for each in errors):
+                    message += f"; the parameters are {', '.join(type(self).model_fields)}"
+                raise InvalidMessageError(f"{name}: {message}") from None
+
+
+class AdamParams(training.AdamParams, _Parameters):
     """One AdamW step's parameters; weight_decay is decoupled, grad_clip_norm 0 is off.
 
-    A name that is none of them is an error: a typing error does not train with the default.
+    Raises InvalidMessageError for a value that is out of range, and for a name that is none of
+    theirs.
     """
 
-    model_config = ConfigDict(extra="forbid")
 
-
-class SamplingParams(sampling.SamplingParams):
+class SamplingParams(sampling.SamplingParams, _Parameters):
     """`stop`: absent is the model's end of sequence, an empty list is no stop at all.
 
-    A name that is none of them is an error.
+    Raises InvalidMessageError for a value that is out of range, and for a name that is none of
+    theirs.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
 
 TensorDtype = Literal["float32", "int64"]
