@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import tinker
 
+from tests.cli.samples import holdfast
 from tests.support.raw import ELIXIR, RawRun
 from tests.support.sdk import ADAM, WAIT, Trace, batch, datum, service_client, step, trace
 from tests.support.server import ServerProcess
@@ -170,6 +172,11 @@ def test_results_and_submissions_outlive_a_crash(crashing: ServerProcess) -> Non
         run.refused("forward_backward", run.batch(2, seed=9))
         assert time.monotonic() - started < 3, "all that while the run is still to be recovered"
         assert run.result(second)["metrics"]["forward_backwards"] == 1
+        told = holdfast("run", "info", run.model_id, "--url", crashing.url, "--json").stdout
+        status = json.loads(told)["status"]
+        assert (status["recoveries"], status["replayed"], status["divergences"]) == (1, 1, 0)
+        text = holdfast("run", "info", run.model_id, "--url", crashing.url).stdout
+        assert "1, with 1 operations replayed" in text
 
 
 def test_a_gap_is_waited_for_anew_after_a_crash(crashing: ServerProcess) -> None:

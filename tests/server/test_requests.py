@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -178,7 +179,8 @@ def test_a_poll_says_try_again_after_the_hold(
         ServerProcess(directory, models=models, settings={"poll_hold": 1.0}) as server,
         RawRun.open(server, agent=ELIXIR) as run,
     ):
-        waiting = run.optim_step(2)
+        run.result(run.forward_backward(1))
+        waiting = run.optim_step(3)
         started = time.monotonic()
         answer = run.poll(waiting)
         held = time.monotonic() - started
@@ -188,8 +190,11 @@ def test_a_poll_says_try_again_after_the_hold(
         assert body["type"] == "try_again"
         assert body["request_id"] == waiting
         assert body["queue_state"] == "active"
+        assert re.fullmatch(
+            r"waiting for request 2, at most \d+ s more", body["queue_state_reason"]
+        )
         assert isinstance(body["retry_after_ms"], int)
-        run.result(run.forward_backward(1))
+        run.result(run.forward_backward(2))
         assert run.result(waiting)["metrics"]["step"] == 1
 
 
