@@ -52,6 +52,11 @@ def sample(store: LocalStore, **changes: object) -> Manifest:
     return manifest_of({WEIGHTS: store.put_blob([b"weights"])}, **changes)
 
 
+def keys(connection: sa.Connection) -> list[str]:
+    """What `add_key` has added."""
+    return sorted(connection.scalars(sa.select(tables.api_keys.c.id)))
+
+
 def add_key(connection: sa.Connection, key: str) -> None:
     connection.execute(
         tables.api_keys.insert().values(id=key, hash=f"hash-{key}", owner="o", created=1.0)

@@ -17,12 +17,8 @@ import sqlalchemy as sa
 
 from holdfast.catalog import Catalog, epoch, tables
 from holdfast.catalog.database import TAKEN_OVER
-from tests.catalog.replaced import CATALOG, STEPS, Case, add_key
+from tests.catalog.replaced import CATALOG, STEPS, Case, add_key, keys
 from tests.support.postgres import BINARIES, Postgres
-
-
-def keys(connection: sa.Connection) -> list[str]:
-    return sorted(connection.scalars(sa.select(tables.api_keys.c.id)))
 
 
 @dataclass(frozen=True)

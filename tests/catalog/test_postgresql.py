@@ -27,26 +27,8 @@ from holdfast.catalog import (
 )
 from holdfast.catalog.database import SYNC_FAILED
 from holdfast.catalog.statements import Statement
-from tests.catalog.replaced import add_key
+from tests.catalog.replaced import add_key, keys
 from tests.support.postgres import SECRET, Line, Postgres, line_to
-
-
-def keys(connection: sa.Connection) -> list[str]:
-    return sorted(connection.scalars(sa.select(tables.api_keys.c.id)))
-
-
-@pytest.fixture
-def address(postgres: Postgres) -> str:
-    """Of a new, empty catalog."""
-    return postgres.catalog()
-
-
-@pytest.fixture
-def opened(address: str) -> Iterator[Catalog]:
-    catalog = Catalog.open(address)
-    yield catalog
-    catalog.close()
-
 
 # --- Addresses -------------------------------------------------------------------------------
 
@@ -518,7 +500,7 @@ import asyncio, sys
 from functools import partial
 from pathlib import Path
 from holdfast.catalog import Catalog, database
-from tests.catalog.replaced import add_key
+from tests.catalog.replaced import add_key, keys
 from tests.support.postgres import Line
 
 database.IN_DOUBT = 0.5

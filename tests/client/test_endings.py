@@ -195,9 +195,11 @@ def test_what_was_called_is_waited_for_as_long_as_its_future_would_be(
 # ---- the end of a process ----
 
 START = """
-import asyncio, os, sys, threading, time
+import asyncio, os, signal, sys, threading, time
 from holdfast import ServiceClient
 
+# Ignored where the tests are started in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 service = ServiceClient(base_url=sys.argv[1])
 training = service.create_lora_training_client("tiny").result(10)
 training.optim_step().result(10)
@@ -433,7 +435,6 @@ def test_a_signals_handler_may_use_the_client_wherever_the_program_is(
     scripted: ScriptedServer,
 ) -> None:
     body = textwrap.dedent("""
-        import signal
         futures, asked = [], False
 
         def submit(*_):
