@@ -63,6 +63,16 @@ def add_key(connection: sa.Connection, key: str) -> None:
     )
 
 
+async def add_one_over(catalog: Catalog) -> None:
+    """What is to be done once."""
+
+    def work(connection: sa.Connection) -> None:
+        number = connection.scalar(sa.select(sa.func.count()).select_from(tables.api_keys))
+        add_key(connection, str(number))
+
+    await catalog.write(work)
+
+
 async def write(server: Server) -> None:
     await server.catalog.write(partial(add_key, key="late"))
 

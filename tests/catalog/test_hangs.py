@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from holdfast.catalog import Catalog, CatalogUnavailable, database, postgresql, tables
+from holdfast.catalog import Catalog, CatalogUnavailable, database, postgresql
 from holdfast.catalog.database import SYNC_FAILED
-from tests.catalog.replaced import add_key, keys
+from tests.catalog.replaced import add_key, add_one_over, keys
 from tests.support.postgres import Postgres
 
 TAKES = 0.5
@@ -151,16 +151,6 @@ async def test_a_read_that_is_not_answered_leaves_no_thread_behind(opened: Catal
             await opened.read(read)
         assert await asyncio.to_thread(over.wait, AT_ONCE)
     assert await opened.read(keys) == []
-
-
-async def add_one_over(catalog: Catalog) -> None:
-    """What is to be done once."""
-
-    def work(connection: sa.Connection) -> None:
-        number = connection.scalar(sa.select(sa.func.count()).select_from(tables.api_keys))
-        add_key(connection, str(number))
-
-    await catalog.write(work)
 
 
 @pytest.mark.anyio

@@ -27,7 +27,7 @@ from holdfast.catalog import (
 )
 from holdfast.catalog.database import SYNC_FAILED
 from holdfast.catalog.statements import Statement
-from tests.catalog.replaced import add_key, keys
+from tests.catalog.replaced import add_key, add_one_over, keys
 from tests.support.postgres import SECRET, Line, Postgres, line_to
 
 # --- Addresses -------------------------------------------------------------------------------
@@ -414,16 +414,6 @@ def line(postgres: Postgres) -> Iterator[Line]:
 
 def through(line: Line, postgres: Postgres, address: str) -> str:
     return postgres.address(address.rpartition("/")[2], port=line.port)
-
-
-async def add_one_over(catalog: Catalog) -> None:
-    """What is to be done once."""
-
-    def work(connection: sa.Connection) -> None:
-        number = connection.scalar(sa.select(sa.func.count()).select_from(tables.api_keys))
-        add_key(connection, str(number))
-
-    await catalog.write(work)
 
 
 @pytest.mark.anyio
