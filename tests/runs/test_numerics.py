@@ -14,7 +14,7 @@ from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.recovery import Recovery
 
-from .test_service import Clients, steps
+from .test_service import OWNER, Clients, steps
 from .toy import ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -88,6 +88,27 @@ def test_a_run_survives_other_numerics_that_were_there_for_a_moment(
     crash_into(clients, 1)
     assert train(clients) == [None, None]
     clients._check_logs()
+
+
+@pytest.mark.parametrize("numerics", [1, 2])
+def test_a_run_that_is_killed_before_its_first_snapshot_is_recovered_from_its_beginning(
+    monkeypatch: pytest.MonkeyPatch, clients: Clients, numerics: int
+) -> None:
+    monkeypatch.setattr(Publisher, "allowed", False)
+    clients.create(0, 1)
+    _, run = clients.all
+    clients.all = [run]
+    train(clients)
+    train(clients)
+    del clients.events[:]
+    crash_into(clients, numerics)
+    assert train(clients) == [None, None]
+    clients._world.let(10.0)
+    found = [e for e in clients.events if e["event"] == "recovered" and e.get("run") == run.id]
+    assert [(e["replayed"], e["diverged"]) for e in found] == [(5, 2 * (numerics - 1))]
+    record = clients._do(lambda: clients._world.runs.record(run.id, OWNER))
+    assert (record.recoveries, record.replayed) == (1, 5)
+    assert record.divergences == 2 * (numerics - 1)
 
 
 def test_without_a_snapshot_at_the_change_its_results_are_compared_with_others(

@@ -640,12 +640,25 @@ def test_without_a_quarantine_they_do(clients: Clients, monkeypatch: pytest.Monk
     assert failure is not None and failure.code == "operation_kills_server"
 
 
-def compute_just_before_what_ends_the_server(clients: Clients) -> list[Outcome]:
-    """In the same run, while outcomes cannot be recorded at once; those of both."""
-    (run,) = clients.all
-    clients.fill_the_disk(0.2)
+def compute_just_before_what_ends_the_server(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> list[Outcome]:
+    """In the same run, while outcomes take long to be recorded, though not for ever; of both."""
+    world, (run,) = clients._world, clients.all
+    world.let(10.0)  # for its first snapshot, or else recoveries would wait for one
+    takes = {"forward_backward": 5.0}
+
+    def pause(world: World, what: str) -> float:
+        if what == "commit" and world.kills > MOST_BEGUN_AGAIN + 1:
+            return 1e-6
+        return takes.get(what, 0.001)
+
+    monkeypatch.setattr(World, "pause", pause)
+    world.lives[-1]._pause = world.pause
     clients._submit(run, FORWARD_BACKWARD, batch(1))
     clients._submit(run, FORWARD_BACKWARD, batch(2, ends=True))
+    takes.clear()
+    takes["commit"] = 1.0
     return [wait_for(clients, run.ops[seq]) for seq in (1, 2)]
 
 
@@ -655,8 +668,10 @@ def wait_for(clients: Clients, op: Op) -> Outcome:
     return found
 
 
-def test_what_was_done_just_before_it_does_not_fail_with_it(clients: Clients) -> None:
-    done, failed = compute_just_before_what_ends_the_server(clients)
+def test_what_was_done_just_before_it_does_not_fail_with_it(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, failed = compute_just_before_what_ends_the_server(clients, monkeypatch)
     assert done.failure is None
     assert failed.failure is not None and failed.failure.code == "operation_kills_server"
     check_all(clients)
@@ -666,7 +681,7 @@ def test_what_follows_at_once_blames_what_was_done_before(
     clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Gate, "close_until", lambda *_: None)
-    done, _ = compute_just_before_what_ends_the_server(clients)
+    done, _ = compute_just_before_what_ends_the_server(clients, monkeypatch)
     assert done.failure is not None and done.failure.code == "operation_kills_server"
 
 
@@ -721,6 +736,7 @@ def test_a_save_that_ends_the_server_is_not_blamed_on_what_follows(
 ) -> None:
     clients.all_end()
     world, (run,) = clients._world, clients.all
+    world.let(10.0)  # for its first snapshot, which is written as well
     takes = {"write": 1.0, "forward_backward": 5.0}
     reach = World.point
 

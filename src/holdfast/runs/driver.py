@@ -305,6 +305,8 @@ class Driver:
             replayed = entry.state.settled
             order.begin(entry.seq)
             if replayed:
+                if creating:
+                    self._recovery.from_start()
                 await self._recovery.redo(entry)
                 if run.ended is None:
                     self._passed(entry)

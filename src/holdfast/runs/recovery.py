@@ -157,6 +157,15 @@ class Recovery:
         )
         return False
 
+    def from_start(self) -> None:
+        """A server has begun with a run of which no snapshot was kept: all of it is replayed."""
+        if self.under_way:
+            return
+        self.under_way = True
+        self._from, self._to = -1, self._run.order.reached
+        self._replayed, self._differing = 0, []
+        self._computed_under = [None]
+
     async def _restored(self, host: Host, life: int, seq: int, damaged: Collection[int]) -> None:
         run = self._run
         run.order.rewind(seq)
