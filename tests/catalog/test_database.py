@@ -32,6 +32,7 @@ from holdfast.catalog import (
     tables,
 )
 from holdfast.catalog.database import SYNC_FAILED
+from holdfast.catalog.sqlite import SQLite
 
 
 def add_key(key: str) -> sa.Insert:
@@ -230,10 +231,24 @@ async def test_the_write_ahead_log_does_not_grow_with_the_number_of_writes(tmp_p
 
 
 @pytest.mark.anyio
-async def test_the_write_ahead_log_is_moved_as_soon_as_nobody_writes(tmp_path: Path) -> None:
-    """Not before, so that nobody waits for it."""
+async def test_nobody_waits_for_the_write_ahead_log_to_be_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, goes_on = threading.Event(), threading.Event()
+    tidy = SQLite.tidy
+
+    def tidy_slowly(self: SQLite, connection: sa.Connection) -> None:
+        if not began.is_set():
+            began.set()
+            assert goes_on.wait(10)
+        tidy(self, connection)
+
+    monkeypatch.setattr(SQLite, "tidy", tidy_slowly)
     catalog = Catalog.open_file(tmp_path / "catalog.db")
     await asyncio.gather(*(catalog.write(partial(execute, add_key(str(i)))) for i in range(300)))
+    assert await asyncio.to_thread(began.wait, 10)
+    for i in range(300, 310):
+        await catalog.write(partial(execute, add_key(str(i))))
 
     def in_database_alone() -> int:
         copy = tmp_path / "copy.db"
@@ -246,8 +261,9 @@ async def test_the_write_ahead_log_is_moved_as_soon_as_nobody_writes(tmp_path: P
             return found
 
     assert in_database_alone() == 0
+    goes_on.set()
     deadline = time.monotonic() + 10
-    while in_database_alone() < 300:
+    while in_database_alone() < 310:
         assert time.monotonic() < deadline, "the log was not moved"
         await asyncio.sleep(0.05)
     catalog.close()

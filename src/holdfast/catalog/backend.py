@@ -60,5 +60,10 @@ class Backend(ABC):
         return ""
 
     @abstractmethod
+    def tidy_beside(self) -> None:
+        """What is to be done after some hundred writes, while others go on. Raises SyncFailed."""
+
+    @abstractmethod
     def tidy(self, connection: sa.Connection) -> None:
-        """What is to be done after some hundred writes, when nobody waits. Raises SyncFailed."""
+        """What those have left of it, once the connection that writes does not. Raises
+        SyncFailed."""

@@ -9,8 +9,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, Self, TypeVar
@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from holdfast import failpoints
 from holdfast.catalog import deadline, epoch
 from holdfast.catalog.backend import Backend
+from holdfast.catalog.beside import Beside
 from holdfast.catalog.errors import CatalogInUse, CatalogUnavailable, EpochLost, SyncFailed
 from holdfast.catalog.migrations import upgrade
 from holdfast.catalog.postgresql import PostgreSQL
@@ -47,11 +48,6 @@ IN_DOUBT = 60.0
 
 _MOST_IN_ONE_COMMIT = 256
 _WRITES_BETWEEN_TIDYING = 256
-"""After so many the database is tidied as soon as nobody writes."""
-_MOST_BETWEEN_TIDYING = 1024
-"""After so many in any case: eight clients at once then wait for it less than once in a hundred."""
-_GAP = 0.02
-"""Seconds without a write in which there is time for that: it takes some milliseconds."""
 _PAUSE = 0.2
 
 _log = logging.getLogger("holdfast.catalog")
@@ -73,12 +69,16 @@ class Catalog:
         self._leased = False
         self._connection: sa.Connection | None = None
         self._since_tidied = 0
+        self._tidier: threading.Thread | None = None
+        self._is_tidied = False
+        """Whether that thread has done its part."""
         self._waiting: deque[_Work[Any]] = deque()
         self._taking = threading.Lock()
         """Held while writes leave those that wait: to the writer, or given up."""
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """For the writer: True when something waits, False at the end."""
         self._is_called = False
+        self._tidying = Beside("catalog-tidier", self._tidy_beside, lambda: self._calls.put(True))
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._thread.start()
 
@@ -228,6 +228,8 @@ class Catalog:
         if self._thread.is_alive():
             self._calls.put(False)
             self._thread.join()
+        if self._tidier is not None:
+            self._tidier.join()
         self._engine.dispose()
 
     def _call_writer(self) -> None:
@@ -264,22 +266,23 @@ class Catalog:
         item.resolve()
 
     def _next_call(self) -> bool:
-        """Wait until something is to be written. Meanwhile tidy, when that is due."""
-        if self._since_tidied >= _WRITES_BETWEEN_TIDYING:
-            if self._since_tidied < _MOST_BETWEEN_TIDYING:
-                with suppress(queue.Empty):
-                    return self._calls.get(timeout=_GAP)
+        """Wait until something is to be written. Before that have tidied what is due."""
+        if self._tidying.is_done():
             self._tidy()
+        elif self._since_tidied >= _WRITES_BETWEEN_TIDYING and self._tidying.start():
+            self._since_tidied = 0
         return self._calls.get()
+
+    def _tidy_beside(self) -> None:
+        """What takes long of it, while others write; what they write is left, and is little."""
+        with _synced():
+            self._backend.tidy_beside()
 
     def _tidy(self) -> None:
         self._since_tidied = 0
-        if self._connection is None:
-            return
-        try:
-            self._backend.tidy(self._connection)
-        except SyncFailed as error:
-            _end_unsynced(f"the catalog was not synced: {error}")
+        if self._connection is not None:
+            with _synced():
+                self._backend.tidy(self._connection)
 
     def _commit(self, batch: list[_Work[Any]]) -> None:
         """Perform and commit, then tell those who wait."""
@@ -469,6 +472,14 @@ def _took_no_write(error: sa.exc.DBAPIError) -> CatalogUnavailable:
 def _in_one_line(error: Exception) -> str:
     reason = error.orig if isinstance(error, sa.exc.DBAPIError) else error
     return " ".join(str(reason).split())
+
+
+@contextmanager
+def _synced() -> Iterator[None]:
+    try:
+        yield
+    except SyncFailed as error:
+        _end_unsynced(f"the catalog was not synced: {error}")
 
 
 def _end_taken_over(error: EpochLost) -> NoReturn:

@@ -163,8 +163,11 @@ class PostgreSQL(Backend):
         """A server whose sync fails ends by itself, which is a lost connection here."""
         return False
 
-    def tidy(self, connection: sa.Connection) -> None:
+    def tidy_beside(self) -> None:
         """The server does that itself."""
+
+    def tidy(self, connection: sa.Connection) -> None:
+        """And that."""
 
 
 def _state(error: sa.exc.DBAPIError) -> str:

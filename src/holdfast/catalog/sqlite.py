@@ -66,12 +66,22 @@ class SQLite(Backend):
             "any, and `holdfast doctor --repair` makes a new one with the checkpoints of the store"
         )
 
+    def tidy_beside(self) -> None:
+        """Move what is in the write-ahead log to the database, which takes some 30 ms.
+
+        What is written meanwhile is not all of it, so that the log goes on.
+        """
+        try:
+            with self.engine.connect() as connection:
+                self.tidy(connection)
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            _log.warning("the catalog's log was not moved into the database: %s", error)
+
     def tidy(self, connection: sa.Connection) -> None:
-        """Move what is in the write-ahead log to the database, so that the log starts anew.
+        """Move what is left there, so that the log starts anew.
 
         Not within a commit: those who wait for it need not wait for this, and SQLite keeps to
-        itself that a sync failed there. Nor in a thread of its own: what is written meanwhile keeps
-        the log from starting anew, so that under load it would grow for ever.
+        itself that a sync failed there.
         """
         driver = connection.connection.driver_connection
         assert driver is not None
