@@ -337,14 +337,13 @@ async def test_a_database_that_is_restarted_is_unavailable_meanwhile(
 ) -> None:
     await opened.claim("the server")
     await opened.write(partial(add_key, key="a"))
-    postgres.stop(how)
-    with pytest.raises(CatalogUnavailable, match="refused"):
-        await opened.write(partial(add_key, key="b"))
-    with pytest.raises(CatalogUnavailable, match="refused"):
-        await opened.read(keys)
-    with pytest.raises(CatalogUnavailable, match="refused"):
-        opened.verify_epoch()
-    postgres.start()
+    with postgres.stopped(how):
+        with pytest.raises(CatalogUnavailable, match="refused"):
+            await opened.write(partial(add_key, key="b"))
+        with pytest.raises(CatalogUnavailable, match="refused"):
+            await opened.read(keys)
+        with pytest.raises(CatalogUnavailable, match="refused"):
+            opened.verify_epoch()
     await opened.write(partial(add_key, key="c"))
     assert await opened.read(keys) == ["a", "c"]
 

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import psycopg
 
 from holdfast.catalog import Catalog
-from holdfast.cli.server_process import free_port
 
 _USER = "holdfast"
 SECRET = "s3cret"
@@ -58,7 +57,11 @@ class Postgres:
         self._root = root
         self._numbers = itertools.count()
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = free_port()
+        # Nobody else may get the port while the server is stopped. It shares it.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self.port: int = self._held.getsockname()[1]
         data = root / "data"
         data.mkdir()
         # PostgreSQL does not run as root.
@@ -108,12 +111,25 @@ class Postgres:
                     raise AssertionError((self._root / "log").read_text()) from None
                 time.sleep(0.02)
 
+    def close(self) -> None:
+        self.stop()
+        self._held.close()
+
     def stop(self, sig: signal.Signals = signal.SIGINT) -> None:
         """End it: by default at once and in good order; SIGQUIT as a crash would. Idempotent."""
         if self._process is not None:
             self._process.send_signal(sig)
             self._process.wait(30)
             self._process = None
+
+    @contextmanager
+    def stopped(self, sig: signal.Signals = signal.SIGINT) -> Iterator[None]:
+        """Stop it for a while."""
+        self.stop(sig)
+        try:
+            yield
+        finally:
+            self.start()
 
     def restart(self, sig: signal.Signals = signal.SIGINT) -> None:
         self.stop(sig)
@@ -187,7 +203,7 @@ def postgres_server() -> Iterator[Postgres]:
     try:
         yield server
     finally:
-        server.stop()
+        server.close()
         shutil.rmtree(root)
 
 
