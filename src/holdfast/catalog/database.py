@@ -47,7 +47,7 @@ IN_DOUBT = 60.0
 """Seconds within which it must be found out what became of a commit that was not answered."""
 
 _MOST_IN_ONE_COMMIT = 256
-_WRITES_BETWEEN_TIDYING = 256
+_WRITES_BETWEEN_TIDYING = 128
 _PAUSE = 0.2
 
 _log = logging.getLogger("holdfast.catalog")
