@@ -9,14 +9,21 @@ absolute. Every call raises OSError as the operating system does.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
 import sys
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
+
+from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
+
+LOCK_WAITS = STORAGE_WAITED_FOR
+"""Seconds for which a lock is waited for: whoever holds it may be suspended, and for ever."""
 
 _WRITE_BACK = 16 << 20
 """Bytes after which the system is told to begin writing them, so that the sync waits less."""
@@ -97,7 +104,8 @@ class Files(Protocol):
         ...
 
     def lock(self, path: str, *, exclusive: bool) -> AbstractContextManager[object]:
-        """Wait for a lock on an existing file; leaving the context, or dying, releases it."""
+        """Wait for a lock on an existing file, for a while at most; leaving the context, or dying,
+        releases it."""
         ...
 
     def is_locked(self, path: str) -> bool:
@@ -111,7 +119,7 @@ class LocalFiles:
     def create(self, path: str) -> WriteFile:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # at most as long as is_locked looks
+            _lock(fd, path, fcntl.LOCK_EX)  # which has to wait only while is_locked looks
         except BaseException:
             os.close(fd)
             raise
@@ -163,7 +171,7 @@ class LocalFiles:
     def lock(self, path: str, *, exclusive: bool) -> AbstractContextManager[object]:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            _lock(fd, path, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         except BaseException:
             os.close(fd)
             raise
@@ -178,6 +186,24 @@ class LocalFiles:
         finally:
             os.close(fd)
         return False
+
+
+def _lock(fd: int, path: str, kind: int) -> None:
+    """Lock an open file. Asked for again and again: a call that waits can be given no limit."""
+    again = pauses(0.001, 0.05, within=LOCK_WAITS)
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pause = next(again, None)
+        if pause is None:
+            raise OSError(
+                errno.EWOULDBLOCK,
+                f"{path} has been locked for {LOCK_WAITS:.0f} s by another process, which may be "
+                "suspended: let it go on, or end it",
+            )
+        time.sleep(pause)
 
 
 def _flush(fd: int) -> None:
