@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.engine import process
 from holdfast.engine.interface import AdamParams, EngineError, WorkerDied
 from holdfast.engine.payload import SampleRequest
 from holdfast.engine.process import WorkerProcess
@@ -279,3 +281,59 @@ async def test_calls_to_a_dying_worker_end_as_its_death_whatever_the_event_loop(
         await asyncio.sleep(0)
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {WorkerDied}
+
+
+EVERY_LOOP = pytest.mark.parametrize(
+    "anyio_backend", ["asyncio", ("asyncio", {"use_uvloop": True})], ids=["asyncio", "uvloop"]
+)
+
+
+@EVERY_LOOP
+async def test_a_killed_worker_whose_end_nothing_shows_is_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that hangs in the kernel: its pipes stay open."""
+    monkeypatch.setattr(process, "DYING_TAKES", 0.5)
+    pipe, pid = asyncio.subprocess.PIPE, tmp_path / "pid"
+    code = "import os, sys, time; os.fork() or open(sys.argv[1], 'w').write(f'{os.getpid()}')"
+    command = [sys.executable, "-c", f"{code}; time.sleep(60)", str(pid)]
+    worker = WorkerProcess(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe))
+    calls = [
+        asyncio.create_task(worker.drop("run")),
+        asyncio.create_task(worker.forward("run", 1, bytes(4 << 20))),  # more than a pipe holds
+    ]
+    await asyncio.sleep(1.0)
+    assert pid.exists() and not any(call.done() for call in calls)
+    async with asyncio.timeout(10):
+        worker.kill()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {WorkerDied}
+        assert await worker.wait_died() == -signal.SIGKILL
+        await worker.close()
+    await asyncio.sleep(0.1)
+    os.kill(int(pid.read_text()), signal.SIGKILL)  # who held the pipes
+    await asyncio.sleep(0.1)
+
+
+async def test_a_write_that_hangs_is_waited_for_no_longer_while_the_training_goes_on(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(small, tmp_path / "store") as worker:
+        await worker.create("run", run_config())
+        with (tmp_path / "store/sweep.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            monkeypatch.setattr(process, "WRITING_TAKES", 0.5)
+            hung = [await worker.capture("run") for _ in range(3)]
+            began = time.monotonic()
+            for capture in hung:
+                with pytest.raises(EngineError, match="has not taken a copied state") as caught:
+                    await capture.written()
+                assert (caught.value.code, caught.value.category) == ("io_failed", "server")
+            # Not one after the other: each was given up so long after it was copied.
+            assert time.monotonic() - began < 1.0
+            assert await worker.forward("run", 0, BODY)
+            monkeypatch.undo()
+            last = asyncio.create_task((await worker.capture("run")).written())
+            await asyncio.sleep(0.5)
+            assert not last.done()
+        assert (await last).files  # as soon as it is taken

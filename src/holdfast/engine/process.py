@@ -29,6 +29,13 @@ DEFAULT_TOKEN_BUDGET = 2048
 DEFAULT_COPY_BUDGET = 2 << 30
 
 _CLOSE_SECONDS = 30.0
+DYING_TAKES = 10.0
+"""Seconds after which a process that was killed is taken for dead, and so again until it is gone:
+it may hang in the kernel with a disk that does not answer, or have left its pipe to a child."""
+WRITING_TAKES = 1800.0
+"""Seconds after which a captured state that is still being written is given up: a large one goes to
+a slow storage, behind others. A worker that does nothing else is ended before, as one that hangs.
+"""
 _ENVIRONMENT = {
     "OMP_DYNAMIC": "FALSE",
     # A thread that waits for its next piece of work spins for some 100 µs, as long as the gaps
@@ -64,6 +71,7 @@ class WorkerProcess:
         self._waiting: dict[tuple[int, str], asyncio.Future[frames.Frame]] = {}
         self._next_id = frames.READY_ID + 1
         self._died = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._ready = self._expect(frames.READY_ID)
         self._reader = asyncio.create_task(self._read())
         self.last_progress = time.monotonic()
@@ -128,14 +136,24 @@ class WorkerProcess:
     async def wait_died(self) -> int:
         """Wait until the process has ended; its exit status, negative for a signal."""
         await self._died.wait()
-        return await self._process.wait()
+        return self._status
+
+    @property
+    def _status(self) -> int:
+        found = self._process.returncode
+        return -signal.SIGKILL if found is None else found  # it was killed, and is not gone yet
 
     def kill(self) -> None:
-        """End the process at once. Idempotent."""
+        """End the process at once. Idempotent. May be called from any thread."""
         if self._process.returncode is None:
             # Not Process.kill: it may reap the child, and asyncio then misses its status.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            self._loop.call_soon_threadsafe(self._give_up_later)
+
+    def _give_up_later(self) -> None:
+        self._loop.call_later(DYING_TAKES, self._stdout.feed_eof)
 
     async def ready(self) -> BaseModelInfo:
         """Wait for the base model. Raises EngineError when it cannot be loaded, or WorkerDied."""
@@ -201,7 +219,6 @@ class WorkerProcess:
             pass
         finally:
             self.kill()
-            await self._process.wait()
             await self._reader
 
     def _expect(self, call: int, stage: str = "") -> asyncio.Future[frames.Frame]:
@@ -238,7 +255,7 @@ class WorkerProcess:
             self._stdin.write(data)
 
     async def _read(self) -> None:
-        """Hand answers to those who wait, until the process ends."""
+        """Hand answers to those who wait, until the process ends or is taken for dead."""
         try:
             while (frame := await frames.read_async(self._stdout)) is not None:
                 self.last_progress = time.monotonic()
@@ -249,16 +266,19 @@ class WorkerProcess:
                         future.set_result(frame)
         finally:
             self.kill()
-            await self._process.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DYING_TAKES):
+                    await self._process.wait()
             self._died.set()
-            self._stdin.close()
+            if not self._stdin.is_closing():
+                self._stdin.transport.abort()  # who waits for room in a pipe need not, either
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(self._death())
             self._waiting.clear()
 
     def _death(self) -> WorkerDied:
-        return WorkerDied(f"the engine worker ended with status {self._process.returncode}")
+        return WorkerDied(f"the engine worker ended with status {self._status}")
 
 
 class RunningCapture:
@@ -267,10 +287,20 @@ class RunningCapture:
     def __init__(self, state: StateInfo, written: asyncio.Future[frames.Frame]) -> None:
         self.state = state
         self._written = written
+        self._given_up_at = asyncio.get_running_loop().time() + WRITING_TAKES
 
     async def written(self) -> Captured:
         """Wait until every blob is durable. Raises EngineError (disk full, …) or WorkerDied."""
-        header, _ = await asyncio.shield(self._written)
+        left = self._given_up_at - asyncio.get_running_loop().time()
+        await asyncio.wait([self._written], timeout=max(0.0, left))
+        if not self._written.done():
+            raise EngineError(
+                "io_failed",
+                f"the storage has not taken a copied state within {WRITING_TAKES:.0f} s: look "
+                "whether its disk or its server answers, and save again",
+                "server",
+            )
+        header, _ = self._written.result()
         return Captured(self.state, frames.blobs_from(_result(header)))
 
 
