@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -42,6 +42,10 @@ _REQUEST_NOTED_EVERY = 1.0
 
 _AFTER_WHAT_HAS_BEGUN = frozenset({"model_unloaded", "session_ended"})
 """Codes of ends that come from outside: what had been begun then is finished."""
+
+SUBMISSION_WAITS = 30.0
+"""Seconds for which a submission waits for the one before it to be journaled: the catalog may hang
+in that write, and whoever sends on must not be kept, with all that is sent, until it ends."""
 
 _WANTED_FOR = 60.0
 """Seconds after a request for which its client is taken to wait: longer than between two polls."""
@@ -156,7 +160,7 @@ class Run:
     async def _submit(
         self, seq: int, kind: str, body: bytes, first: Callable[[Connection], object] | None
     ) -> str:
-        async with self._submitting:
+        async with self._turn():
             if len(body) < _HASHED_AT_ONCE:
                 body_hash = journal.digest(body)
             else:
@@ -207,7 +211,7 @@ class Run:
         await asyncio.shield(self._refuse(seq, kind, failure))
 
     async def _refuse(self, seq: int, kind: str, failure: Failure) -> None:
-        async with self._submitting:
+        async with self._turn():
             self.services.stopping.check()
             if self.order.is_too_far(seq):
                 return
@@ -223,6 +227,23 @@ class Run:
             elif self.order.was_skipped(seq):
                 await self._accept_late(seq, kind, None, failure)
         self.wake.set()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One submission after the other. Raises Unavailable when the one before takes too long."""
+        try:
+            async with asyncio.timeout(SUBMISSION_WAITS):
+                await self._submitting.acquire()
+        except TimeoutError:
+            raise Unavailable(
+                "journal_unavailable",
+                f"the request before this one has not been journaled for {SUBMISSION_WAITS:.0f} s; "
+                "send it again",
+            ) from None
+        try:
+            yield
+        finally:
+            self._submitting.release()
 
     async def _accept(
         self, entry: Entry, body: bytes, first: Callable[[Connection], object] | None
@@ -487,7 +508,7 @@ class Run:
 
         Raises Unavailable when the journal does not take that now.
         """
-        async with self._submitting:
+        async with self._turn():
             now = time.monotonic()
             match self.order.next(now):
                 case Gap(missing, due) if missing == seq and due <= now:
