@@ -20,6 +20,7 @@ from holdfast.runs.engines import Engines, StartEngine
 from holdfast.runs.errors import RunError, Unavailable, stopping
 from holdfast.runs.service import Runs
 from holdfast.server import failures
+from holdfast.server.answer_limit import AnswerLimit
 from holdfast.server.auth import Keys
 from holdfast.server.body_limit import BodyLimit
 from holdfast.server.context import Context
@@ -72,7 +73,7 @@ class _App(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
         try:
-            await self._direct(scope, receive, send)
+            await self._answering(scope, receive, send)
         except asyncio.CancelledError:
             if scope["type"] != "http":
                 raise
@@ -82,9 +83,11 @@ class _App(FastAPI):
                 await failures.run_refusal(stopping())(scope, receive, send)
 
     @cached_property
-    def _direct(self) -> Direct:
+    def _answering(self) -> AnswerLimit:
         limit = self.state.context.settings.max_body
-        return Direct(super().__call__, _EVERY_STEP, self.exception_handlers, limit=limit)
+        return AnswerLimit(
+            Direct(super().__call__, _EVERY_STEP, self.exception_handlers, limit=limit)
+        )
 
 
 def create_app(
