@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
@@ -33,6 +33,11 @@ from holdfast.store import (
 )
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+STORE_TAKES = 120.0
+"""Seconds for which what looks for, makes or changes a checkpoint is waited for: longer than a lock
+of the store is. Nothing else ends a call of a disk that does not answer."""
 
 _log = structlog.get_logger("holdfast.checkpoints")
 
@@ -96,6 +101,38 @@ def check_ttl(seconds: int | None) -> None:
         )
 
 
+def _limited(
+    method: Callable[Concatenate[Checkpoints, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Checkpoints, P], Coroutine[Any, Any, T]]:
+    """Have a call waited for `STORE_TAKES` at most. Raises RunError, reason "unavailable".
+
+    It then goes on by itself, with the locks that it holds: what it still changes is changed before
+    whatever comes after it.
+    """
+
+    @wraps(method)
+    async def limited(self: Checkpoints, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        working = asyncio.create_task(method(self, *args, **kwargs))
+        # Told to whoever waits for it then, perhaps nobody.
+        working.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            async with asyncio.timeout(STORE_TAKES):
+                return await asyncio.shield(working)
+        except TimeoutError:
+            raise RunError(
+                "store_unavailable",
+                f"the checkpoint store has not answered for {STORE_TAKES:.0f} s; what it was asked "
+                "for may still be done: look whether its disk or its server answers, and try again",
+                reason="unavailable",
+                category="server",
+            ) from None
+        except asyncio.CancelledError:
+            working.cancel()
+            raise
+
+    return limited
+
+
 class Checkpoints:
     """Saves, resolves, lists and changes checkpoints on behalf of an owner.
 
@@ -127,6 +164,7 @@ class Checkpoints:
         self.creating = asyncio.Lock()
         """Held while a run of a new id comes into being."""
 
+    @_limited
     async def resolve(self, key: NameKey, readers: Sequence[str]) -> tuple[str, Manifest]:
         """The manifest that a name points to, with its id.
 
@@ -143,10 +181,12 @@ class Checkpoints:
             raise _no_checkpoint(key, "; it has expired")
         return manifest_id, manifest
 
+    @_limited
     async def manifest(self, manifest_id: str) -> Manifest:
         """Read a manifest by its id, verified."""
         return await self._call(self.store.read_manifest, manifest_id)
 
+    @_limited
     async def publish(self, manifest: Manifest, *, replace: bool = False) -> str:
         """Publish a manifest, durably, and give it its name if it has one; returns its id.
 
@@ -179,6 +219,7 @@ class Checkpoints:
             await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
         return manifest_id
 
+    @_limited
     async def made_by(self, key: NameKey, request_id: str) -> str | None:
         """The manifest under a name if that request made it: its save was done before a crash.
 
@@ -195,12 +236,14 @@ class Checkpoints:
             return None
         return manifest_id if made else None
 
+    @_limited
     async def discard(self, manifest_ids: Sequence[str]) -> None:
         """Let go of unnamed manifests."""
         for manifest_id in manifest_ids:
             await self._call(self.store.discard, manifest_id)
             self._published.discard(manifest_id)
 
+    @_limited
     async def delete(self, key: NameKey, owner: str) -> None:
         """Delete a name: hidden at once, its bytes go with the next sweeps.
 
@@ -390,7 +433,8 @@ class Checkpoints:
                     discarded += 1
         return discarded
 
-    async def _amend(self, key: NameKey, owner: str, **changes: Any) -> None:
+    @_limited
+    async def _amend(self, key: NameKey, owner: str, /, **changes: Any) -> None:
         async with self._changing(key):
             await self._owned(key, owner)
             manifest_id = await self._call(lambda: self.store.amend(key, **changes))

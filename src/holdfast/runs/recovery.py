@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -25,6 +26,8 @@ MOST_DEATHS = 5
 Its neighbours may be the cause as well as itself, and each attempt may cost them a recovery."""
 _PAUSE = 5.0
 _LONGEST_PAUSE = 300.0
+_SEARCH_TAKES = 600.0
+"""Seconds for which who waits for a run that cannot be rebuilt waits for what it can go on from."""
 
 CLEARING = frozenset({"incomplete_gradients", "gradient_not_finite"})
 """Failures of an optim_step that clear the gradients, hence change the state."""
@@ -374,12 +377,17 @@ class Recovery:
         await self._publisher.settled()
         await self._publisher.settle_published()
         checkpoints = run.services.checkpoints
-        intact = await run.patiently(lambda: checkpoints.newest_intact(run.key.id))
-        advice = (
-            "none of its checkpoints is intact, if there are any"
-            if intact is None
-            else f"create a new client from its last intact checkpoint, 'tinker://{intact}'"
-        )
+        try:
+            async with asyncio.timeout(_SEARCH_TAKES):
+                intact = await run.patiently(lambda: checkpoints.newest_intact(run.key.id))
+        except TimeoutError:
+            advice = "which of its checkpoints are intact could not be found out in time"
+        else:
+            advice = (
+                "none of its checkpoints is intact, if there are any"
+                if intact is None
+                else f"create a new client from its last intact checkpoint, 'tinker://{intact}'"
+            )
         run.end(Failure(code, f"{message}; {advice}", "server"))
 
 
