@@ -103,7 +103,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
     ),
     "who asks the store: runs.checkpoints, STORE_TAKES": (
         "runs.checkpoints:_amend:self._changing(key)",
-        "runs.checkpoints:_call:asyncio.to_thread(call, *args)",
+        "runs.checkpoints:_in_thread:asyncio.get_running_loop().run_in_executor(self._t…",
         "runs.checkpoints:delete:self._changing(key)",
         "runs.checkpoints:publish:self._changing(key)",
         "runs.checkpoints:publish:self._discarding",
@@ -122,12 +122,9 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.run:recorded:asyncio.wait(list(self._recording.values()))",
     ),
     "nothing: housekeeping, for which nobody waits": (
-        "runs.checkpoints:_reconcile:asyncio.to_thread(self.store.read_manifest, manife…",
-        "runs.checkpoints:_reconcile:asyncio.to_thread(self.store.resolve, key)",
         "runs.checkpoints:_reconcile:self._changing(key)",
         "runs.checkpoints:discard_orphans:self._discarding",
         "runs.checkpoints:reconcile:asyncio.gather(*(self._reconcile(key) for key in s…",
-        "runs.checkpoints:reconcile:asyncio.to_thread(self.store.read_manifest, manife…",
         "runs.checkpoints:reconcile:self.creating",
         "runs.checkpoints:sweep:self._changing(key)",
         "runs.service:_close_session:asyncio.gather(*(self._finish(live, failure) for l…",

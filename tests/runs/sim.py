@@ -357,6 +357,8 @@ class World:
         self._quiet = False
         self._patches: list[Any] = [mock.patch.object(m, "time", self._time()) for m in _TIMED]
         self._patches.append(mock.patch("asyncio.to_thread", self._to_thread))
+        threads = staticmethod(self._to_thread)
+        self._patches.append(mock.patch.object(checkpoints.Checkpoints, "_in_thread", threads))
         # Unless it is said, in half of the worlds every body and result is a large one.
         drawn = random.Random(f"large {seed}").random() < 0.5
         # As in half of them a server takes the catalog over, and asks whether it has it still.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from holdfast.runs import bodies
+from holdfast.catalog import Catalog, epoch
+from holdfast.runs import bodies, checkpoints
 from holdfast.runs.bodies import FORWARD_BACKWARD, Load, Save
-from holdfast.runs.checkpoints import STORE_TAKES
+from holdfast.runs.checkpoints import STORE_TAKES, Checkpoints
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure
 from holdfast.runs.run import SUBMISSION_WAITS
-from holdfast.store import NameKey
+from holdfast.store import LocalStore, NameKey
 
 from .sim import World
 from .test_service import OWNER, Clients
@@ -37,14 +40,14 @@ def hanging(world: World, what: str) -> Iterator[None]:
 def hanging_in_the_store(*calls: str) -> Iterator[None]:
     """What of these is begun meanwhile is done an hour later."""
     with pytest.MonkeyPatch.context() as changes:
-        honest = asyncio.to_thread
+        honest = Checkpoints._in_thread
 
-        async def to_thread(call: Any, *args: Any) -> Any:
+        async def in_thread(self: Checkpoints, call: Any, *args: Any) -> Any:
             if call.__name__ in calls:
                 await asyncio.sleep(HOUR)
             return await honest(call, *args)
 
-        changes.setattr(asyncio, "to_thread", to_thread)
+        changes.setattr(Checkpoints, "_in_thread", in_thread)
         yield
 
 
@@ -119,3 +122,24 @@ def test_what_the_store_does_late_is_done_before_what_comes_after_it(clients: Cl
 
 async def delete(world: World, key: NameKey) -> None:
     await world.runs.checkpoints.delete(key, OWNER)
+
+
+@pytest.mark.anyio
+async def test_calls_of_a_store_that_hang_keep_nothing_else_from_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large bodies are hashed in one, and the catalog is read."""
+    monkeypatch.setattr(checkpoints, "STORE_TAKES", 0.5)
+    answers = threading.Event()
+    store, catalog = LocalStore(tmp_path / "store"), Catalog.open_file(tmp_path / "catalog.db")
+    monkeypatch.setattr(store, "resolve", lambda key: answers.wait(30.0))
+    found = Checkpoints(store, catalog)
+    try:
+        looking = [found.resolve(NameKey("r", "weights", "a"), [OWNER]) for _ in range(50)]
+        outcomes = await asyncio.gather(*looking, return_exceptions=True)
+        assert {getattr(o, "code", o) for o in outcomes} == {"store_unavailable"}
+        async with asyncio.timeout(5.0):
+            await catalog.read(epoch.current)
+    finally:
+        answers.set()
+        catalog.close()

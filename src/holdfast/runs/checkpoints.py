@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -38,6 +39,9 @@ P = ParamSpec("P")
 STORE_TAKES = 120.0
 """Seconds for which what looks for, makes or changes a checkpoint is waited for: longer than a lock
 of the store is. Nothing else ends a call of a disk that does not answer."""
+
+_THREADS = 16
+"""Calls of the store at a time."""
 
 _log = structlog.get_logger("holdfast.checkpoints")
 
@@ -156,6 +160,8 @@ class Checkpoints:
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store
         self._catalog = catalog
+        self._threads = ThreadPoolExecutor(_THREADS, "store")
+        """Not those of everything else: a disk that does not answer keeps the threads that ask."""
         self._locks: WeakValueDictionary[NameKey, asyncio.Lock] = WeakValueDictionary()
         self._published: set[str] = set()
         """Unnamed manifests of this process, which it has not discarded."""
@@ -387,7 +393,7 @@ class Checkpoints:
             done += await asyncio.gather(*(self._reconcile(key) for key in some))
         for manifest_id in found.without_run.values():
             try:
-                manifest = await asyncio.to_thread(self.store.read_manifest, manifest_id)
+                manifest = await self._in_thread(self.store.read_manifest, manifest_id)
             except StoreError as error:
                 _log_damage(error)
             else:
@@ -402,11 +408,11 @@ class Checkpoints:
         """
         async with self._changing(key):
             try:
-                manifest_id = await asyncio.to_thread(self.store.resolve, key)
+                manifest_id = await self._in_thread(self.store.resolve, key)
                 if manifest_id is None:
                     await self._catalog.write(lambda c: _unindex(c, [key]))
                     return False
-                manifest = await asyncio.to_thread(self.store.read_manifest, manifest_id)
+                manifest = await self._in_thread(self.store.read_manifest, manifest_id)
             except StoreError as error:
                 _log_damage(error)
                 return None
@@ -479,9 +485,12 @@ class Checkpoints:
     def _name(self, key: NameKey, manifest_id: str, replace: bool) -> None:
         self.store.set_name(key, manifest_id, replace=replace)
 
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+
     async def _call(self, call: Callable[..., T], *args: Any) -> T:
         try:
-            return await asyncio.to_thread(call, *args)
+            return await self._in_thread(call, *args)
         except NameTaken:
             raise
         except StoreError as error:
