@@ -9,13 +9,14 @@ import pytest
 
 from holdfast.engine.interface import EngineError
 from holdfast.runs import bodies
-from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP
+from holdfast.runs.bodies import FORWARD, FORWARD_BACKWARD, OPTIM_STEP
+from holdfast.runs.driver import IDLE_BEFORE_EVICTION
 from holdfast.runs.engines import DEFAULT_ADAPTER_MEMORY
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.residents import Residents
 
 from .sim import World
-from .test_service import Clients, steps
+from .test_service import OWNER, Clients, steps
 from .toy import NAME, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -83,6 +84,23 @@ def test_no_more_leave_than_have_to(monkeypatch: pytest.MonkeyPatch) -> None:
     clients.close()
     # Each comes three times: new, and for each of two uses.
     assert sum(left) <= 3 * RUNS - stay
+
+
+def test_the_return_of_an_evicted_run_is_no_recovery() -> None:
+    """Whatever it did since its snapshot that leaves the state as it is."""
+    clients = Clients()
+    clients.begin(seed=1, client="python")
+    (run,) = clients.all
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    clients._world.let(20.0)  # idle: a snapshot
+    clients._submit(run, FORWARD, batch(2))
+    clients._world.let(IDLE_BEFORE_EVICTION + 20.0)
+    assert not clients._world.lives[-1].states
+    clients._submit(run, OPTIM_STEP, steps())
+    clients.all_end()
+    record = clients._do(lambda: clients._world.runs.record(run.id, OWNER))
+    assert (record.recoveries, record.replayed) == (0, 0)
+    clients.close()
 
 
 def test_a_burst_of_new_runs_waits_for_others_to_leave() -> None:

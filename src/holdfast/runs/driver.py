@@ -315,7 +315,8 @@ class Driver:
                     self._stalled_since = None
                 await self._execute(entry)
             if run.ended is None:
-                await self._recovery.passed(replayed=replayed)
+                again = replayed and entry.kind in bodies.CHANGES_STATE
+                await self._recovery.passed(replayed=again)
                 if not self._recovery.under_way:
                     self._stalled_since = None
         except StateGone:  # it died before this operation, which comes up again

@@ -246,7 +246,7 @@ class Recovery:
         )
 
     async def passed(self, *, replayed: bool) -> None:
-        """An operation was replayed, or executed in its place. Perhaps that was the last one."""
+        """What came up is done, again where it was `replayed`. Perhaps that was the last one."""
         if not self.under_way:
             return  # settled ahead of its turn, by a refusal or a skip
         self._replayed += replayed
