@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,24 @@ async def test_a_kill_ends_every_call(delay: float, small: Path, tmp_path: Path)
             if not delay:
                 with pytest.raises(WorkerDied):
                     await worker.ready()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists() or shutil.which("ps") is None,
+    reason="the system does not tell",
+)
+async def test_its_memory_is_what_ps_says(small: Path, tmp_path: Path) -> None:
+    async with started(small, tmp_path / "store") as worker:
+        await worker.ready()
+        await worker.create("run", run_config())
+        ps = ["ps", "-o", "rss=", "-p", str(worker.pid)]
+        listed = await asyncio.to_thread(subprocess.check_output, ps, text=True)
+        memory = worker.resident_memory
+        assert memory is not None and memory > 100 << 20  # torch alone takes more
+        assert memory == pytest.approx(int(listed) << 10, rel=0.02)
+        worker.kill()
+        await worker.wait_died()
+        assert worker.resident_memory is None
 
 
 async def test_progress_shows_that_it_computes(small: Path, tmp_path: Path) -> None:

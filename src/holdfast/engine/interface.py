@@ -185,6 +185,11 @@ class Worker(Engine, Protocol):
         """Monotonic time of the last sign of life, or of the first call after an idle time."""
         ...
 
+    @property
+    def resident_memory(self) -> int | None:
+        """Bytes of memory that the process occupies; None where that is not known."""
+        ...
+
     async def wait_died(self) -> int:
         """Wait until the process has ended; its exit status."""
         ...

@@ -133,6 +133,17 @@ class WorkerProcess:
     def dead(self) -> bool:
         return self._died.is_set()
 
+    @property
+    def resident_memory(self) -> int | None:
+        """Bytes of memory that the process occupies; None where the system does not tell."""
+        if self.dead:
+            return None
+        try:
+            pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        except (OSError, IndexError):  # there is no such file system, or just no process
+            return None
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
     async def wait_died(self) -> int:
         """Wait until the process has ended; its exit status, negative for a signal."""
         await self._died.wait()
