@@ -309,9 +309,13 @@ class World:
         *,
         large: bool | None = None,
         adapter_memory: int = DEFAULT_ADAPTER_MEMORY,
+        worker_memory: int = 0,
         lifetimes: Lifetimes | None = None,
     ) -> None:
         self.adapter_memory = adapter_memory
+        self.worker_memory = worker_memory
+        self.fresh = 1000
+        """Bytes of resident memory of a worker that has just started."""
         self.lifetimes = lifetimes
         self._survives = survives
         self.power = None if survives is None else Power(Disk())
@@ -541,6 +545,7 @@ class World:
         if self.hangs > 0:
             self.hangs -= 1
             engine.hang()
+        engine.resident_memory = self.fresh
         self.lives.append(engine)
         return engine
 
@@ -549,7 +554,12 @@ class World:
         return call(*args)
 
     def _engines(self) -> Engines:
-        return Engines([NAME, OTHER], self._start_engine, adapter_memory=self.adapter_memory)
+        return Engines(
+            [NAME, OTHER],
+            self._start_engine,
+            adapter_memory=self.adapter_memory,
+            worker_memory=self.worker_memory,
+        )
 
     def _time(self) -> SimpleNamespace:
         return SimpleNamespace(time=self.clock.time, monotonic=self.clock.monotonic)

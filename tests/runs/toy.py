@@ -214,6 +214,7 @@ class ToyEngine:
         self.in_flight = 0
         """Calls that wait for their answer."""
         self.last_progress = clock()
+        self.resident_memory: int | None = None
         self.executing = asyncio.Lock()
         self.clock = clock
         self._hangs = False

@@ -38,6 +38,7 @@ MOST_STALLED = 600.0
 LAST_STATE_WAITED_FOR = 120.0
 """Seconds for which a run that has ended tries to bring its state back, to keep it."""
 _GAP_WATCHED_EVERY = 1.0
+_LEAVING_PAUSE = 1.0
 _BASE_MODEL_PAUSE = 5.0
 _JOURNAL_PAUSE = 1.0
 _MOST_ATTEMPTS = 3
@@ -55,7 +56,7 @@ class Driver:
         self._stalled_since: float | None = None
 
     def _asked_to_leave(self) -> None:
-        """Others need the worker's memory. A run that computes stays."""
+        """Others need the worker's memory, or it is recycled. A run that computes may stay."""
         self._leaving = True
         self._run.wake.set()
 
@@ -85,6 +86,8 @@ class Driver:
     async def _step(self) -> None:
         run, order = self._run, self._run.order
         run.wake.clear()
+        if self._placement.recycled and self._state_is_known and not self._recovery.under_way:
+            await self._make_way()
         due = order.next(time.monotonic())
         if due is not None and self._leaving:
             self._leaving = False
@@ -199,6 +202,11 @@ class Driver:
     async def _idle(self) -> None:
         """Wait for the next operation. Meanwhile keep what there is, later leave the memory."""
         run = self._run
+        if self._placement.recycled:  # and it could not leave yet
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LEAVING_PAUSE):
+                    await run.wake.wait()
+            return
         if self._leaving and self._placement.held:
             self._leaving = False
             try:
@@ -227,10 +235,26 @@ class Driver:
         if self._publisher.behind:
             await self._publisher.snapshot()
 
-    async def _evict(self) -> None:
-        """Leave the worker's memory; the next operation restores the snapshot."""
+    async def _make_way(self) -> None:
+        """Leave a worker that is being recycled, whatever is pending: that waits for the next one.
+
+        Where no snapshot can be had now the run goes on, and tries again after its next operation.
+        """
+        self._leaving = False
+        try:
+            await self._publisher.settled()
+            await self._keep()
+            await self._evict(pending=True)
+        except (WorkerDied, EngineError):
+            self._placement.lost()
+
+    async def _evict(self, *, pending: bool = False) -> None:
+        """Leave the worker's memory; the next operation restores the snapshot.
+
+        Not when one is `pending`, unless that is to do so.
+        """
         await self._publisher.settled()
-        if not self._publisher.behind and not self._run.order.unsettled:
+        if not self._publisher.behind and (pending or not self._run.order.unsettled):
             await self._placement.drop()
             self._recovery.evicted = True
             self._run.log.info("left the worker's memory", position=self._run.order.position)

@@ -1,4 +1,4 @@
-"""The workers: one per base model, started on use, replaced when they die."""
+"""The workers: one per base model, started on use, replaced when they die or have grown."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from holdfast.engine.interface import BaseModelInfo, Engine, EngineError, Worker
 from holdfast.runs.errors import RunError, stopping
 from holdfast.runs.residents import Residents
 from holdfast.runs.turns import Turns
+from holdfast.runs.worker_memory import WorkerMemory, mib
 from holdfast.store.retries import STORAGE_WAITED_FOR
 
 StartEngine = Callable[[str], Awaitable[Worker]]
@@ -29,6 +30,8 @@ from slow disks, or is downloaded first."""
 _WATCH_EVERY = 10.0
 _WRITES_TAKE = 2 * STORAGE_WAITED_FOR
 """Seconds after which what is being written is no longer waited for: longer than a full disk is."""
+LEAVING_TAKES = _WRITES_TAKE
+"""Seconds for which a worker that is to be replaced waits for the next of its runs to leave."""
 DEFAULT_ADAPTER_MEMORY = 4 << 30
 """Bytes of weights and optimizer states that a worker keeps of runs that are not computing."""
 
@@ -53,7 +56,9 @@ class NotLoaded(EngineError):
 class Host:
     """The worker of one base model, through all its lives."""
 
-    def __init__(self, name: str, start: StartEngine, adapter_memory: int) -> None:
+    def __init__(
+        self, name: str, start: StartEngine, adapter_memory: int, worker_memory: int
+    ) -> None:
         self.name = name
         self.life = 0
         """Counts starts: a run whose state was put into another life is no longer there."""
@@ -64,8 +69,17 @@ class Host:
         self.residents = Residents(adapter_memory)
         """The runs whose state the worker holds."""
         self._writing: set[asyncio.Task[None]] = set()
+        self._memory = WorkerMemory(name, worker_memory)
         self._start = start
         self._engine: Worker | None = None
+        self._since = 0.0
+        """When the worker was ready."""
+        self._recycling: asyncio.Task[None] | None = None
+        self._retired: Worker | None = None
+        """One that is being closed, to make room for the next."""
+        self._admits = asyncio.Event()
+        """Whoever has no state in the worker waits for this: not while that is being recycled."""
+        self._admits.set()
         self._watch: asyncio.Task[None] | None = None
         self._info: BaseModelInfo | None = None
         self._failures = 0
@@ -97,6 +111,9 @@ class Host:
         while self._engine is None:
             if self._closed:
                 raise stopping()
+            if self._recycling is not None:  # two would not fit the memory
+                await asyncio.wait([self._recycling])
+                continue
             starting = self._starting
             if starting is None or starting.done():
                 starting = self._starting = asyncio.create_task(self._start_one())
@@ -145,6 +162,8 @@ class Host:
             else:
                 self._engine, self._failures, self._failed = engine, 0, None
                 self.life += 1
+                self._since = time.monotonic()
+                self._memory.loaded(engine.resident_memory)
                 self._watch = asyncio.create_task(self._supervise(engine, self.life))
                 _log.info("base model ready", model=self.name, life=self.life)
                 return
@@ -184,6 +203,7 @@ class Host:
         It computes nothing else meanwhile; when it dies, the next one gets a new worker. Those
         that are `wanted` go first.
         """
+        await self._admits.wait()
         async with self.turns.take(wanted):
             engine, _, life = await self.engine()
             try:
@@ -219,9 +239,66 @@ class Host:
             _log.error("worker died", model=self.name, life=life)
             self._engine = None
             self.residents.clear()
+            if self._recycling is not None:
+                self._recycling.cancel()
+
+    # --- Replacement in good order -----------------------------------------------------------
+
+    def recycle(self) -> None:
+        """Begin to replace the worker, if there is one, so that nothing has to be replayed.
+
+        Each of its runs keeps its state and leaves, after the operation under way. Whatever needs
+        a worker then waits for the next one.
+        """
+        if self._engine is not None and self._recycling is None:
+            self._admits.clear()
+            self._recycling = asyncio.create_task(self._recycle(self._engine))
+            self._recycling.add_done_callback(self._recycled)
+
+    def _recycled(self, task: asyncio.Task[None]) -> None:
+        self._recycling = None
+        self._admits.set()
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("recycling a worker met a defect", exc_info=task.exception())
+
+    def recycles(self, life: int) -> bool:
+        """Whether the worker of that life is being replaced: what it holds is to leave it."""
+        return self._recycling is not None and life == self.life
+
+    async def _recycle(self, engine: Worker) -> None:
+        memory, age = engine.resident_memory, time.monotonic() - self._since
+        self.residents.all_leave()
+        for _ in range(2):  # a run may be about to begin something that takes long
+            async with self.turns.take():
+                pass
+            await self.residents.have_left(LEAVING_TAKES)
+        async with self.turns.take():
+            if stay := len(self.residents):
+                _log.warning("runs do not leave, and are recovered", model=self.name, runs=stay)
+            # Not both at once, which the memory may have no room for.
+            self._engine, self._retired = None, engine
+            self.residents.clear()
+            try:
+                await engine.close()
+            except asyncio.CancelledError:
+                engine.kill()
+                raise
+            finally:
+                self._retired = None
+        _log.info(
+            "worker recycled",
+            model=self.name,
+            life=self.life,
+            memory_mib=None if memory is None else mib(memory),
+            limit_mib=mib(self._memory.limit),
+            age=round(age),
+        )
 
     async def _supervise(self, engine: Worker, life: int) -> None:
-        """Notice its death also while nobody calls it, end it when it hangs, replace it."""
+        """Notice its death also while nobody calls it, end it when it hangs, replace it.
+
+        Also when it has grown too much.
+        """
         died = asyncio.create_task(engine.wait_died())
         # Only the time in which this itself ran: a process that was suspended has read nothing.
         seen, silent = engine.last_progress, 0.0
@@ -235,6 +312,9 @@ class Host:
                 if silent > HUNG_AFTER and not died.done():
                     _log.error("worker hangs, ending it", model=self.name, silent=round(silent))
                     engine.kill()
+                age = time.monotonic() - self._since
+                if life == self.life and self._memory.outgrown(engine.resident_memory, age):
+                    self.recycle()
         finally:
             died.cancel()
         self.lost(life)
@@ -243,14 +323,14 @@ class Host:
 
     def kill(self) -> None:
         """End the worker at once, whatever it does. May be called from any thread."""
-        engine = self._engine
-        if engine is not None:
-            engine.kill()
+        for engine in (self._engine, self._retired):
+            if engine is not None:
+                engine.kill()
 
     async def close(self) -> None:
         """End the worker, after what it was sent. None is started any more."""
         self._closed = True
-        for task in (self._watch, self._starting):
+        for task in (self._watch, self._recycling, self._starting):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
@@ -278,8 +358,10 @@ class Engines:
         start: StartEngine,
         *,
         adapter_memory: int = DEFAULT_ADAPTER_MEMORY,
+        worker_memory: int = 0,
     ) -> None:
-        self._hosts = {name: Host(name, start, adapter_memory) for name in models}
+        """`worker_memory`: bytes of resident memory above which a worker is replaced; 0: never."""
+        self._hosts = {name: Host(name, start, adapter_memory, worker_memory) for name in models}
 
     @property
     def models(self) -> list[str]:

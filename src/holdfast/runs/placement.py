@@ -35,6 +35,11 @@ class Placement:
         """Whether a worker holds the state, as far as is known."""
         return self._life is not None
 
+    @property
+    def recycled(self) -> bool:
+        """Whether the worker that holds the state is being replaced, so that it has to leave."""
+        return self.host is not None and self._life is not None and self.host.recycles(self._life)
+
     def engine(self) -> tuple[Engine, BaseModelInfo]:
         """The worker that holds the state. Raises StateGone when that has ended."""
         assert self.host is not None

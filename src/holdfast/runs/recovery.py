@@ -112,7 +112,7 @@ class Recovery:
             return False
         self._marked.clear()
         self.under_way = True
-        run.note = "recovering"
+        run.note = None if self.evicted else "recovering"
         self._to = run.order.reached
         points = await run.read_patiently(lambda c: journal.recovery_points(c, run.key))
         self._computed_under = [] if points else [None]

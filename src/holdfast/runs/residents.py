@@ -97,6 +97,22 @@ class Residents:
             self._size -= resident.size
             self._changed.set()
 
+    def all_leave(self) -> None:
+        """Ask all to leave."""
+        for resident in self._by_key.values():
+            resident.leaving = True
+            resident.leave()
+
+    async def have_left(self, patience: float) -> None:
+        """Wait until none is there, for so many seconds at most for the next one to leave."""
+        with suppress(TimeoutError):
+            while self._by_key:
+                there = len(self._by_key)
+                async with asyncio.timeout(patience):
+                    while len(self._by_key) >= there:
+                        self._changed.clear()
+                        await self._changed.wait()
+
     def clear(self) -> None:
         """The worker has ended."""
         self._by_key.clear()
