@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from holdfast.cli.serve import command as serve
+from holdfast.server.settings import Settings
 
 
 def read(tmp_path: Path, text: str, *arguments: str) -> dict[str, Any]:
@@ -31,6 +32,21 @@ def test_values_are_taken_unless_a_flag_says_otherwise(tmp_path: Path) -> None:
     params = read(tmp_path, text, "--port", "9001")
     assert (params["port"], params["threads"], params["token_budget"]) == (9001, 3, 64)
     assert (params["host"], params["data_dir"]) == ("localhost", Path("/d"))
+
+
+def test_worker_memory_is_given_in_mib_and_none_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = list[Settings]()
+    monkeypatch.setattr("holdfast.server.serve.serve", found.append)
+    (tmp_path / "serve.toml").write_text("worker-memory = 3000")
+    with_file = ["--config", str(tmp_path / "serve.toml")]
+    for arguments in ([], with_file, [*with_file, "--worker-memory", "2000"]):
+        result = CliRunner().invoke(serve, ["--data-dir", str(tmp_path), *arguments])
+        assert result.exit_code == 0, result.output
+    environment = {"HOLDFAST_WORKER_MEMORY": "1000"}
+    CliRunner().invoke(serve, ["--data-dir", str(tmp_path)], env=environment)
+    assert [x.worker_memory >> 20 for x in found] == [0, 3000, 2000, 1000]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ class DeviceType(click.ParamType[str]):
     metavar="MIB",
     help="Memory for the states of idle runs; those used longest ago are read back when needed.",
 )
+@click.option(
+    "--worker-memory",
+    type=click.IntRange(0, 1 << 30),
+    default=0,
+    show_default="never",
+    metavar="MIB",
+    help="Resident memory above which a worker is replaced, in good order: no step is lost.",
+)
 def command(
     host: str,
     port: int,
@@ -91,6 +99,7 @@ def command(
     token_budget: int,
     device: str,
     adapter_memory: int,
+    worker_memory: int,
 ) -> None:
     """Serve training over HTTP.
 
@@ -124,6 +133,7 @@ def command(
                 token_budget=token_budget,
                 device=device,
                 adapter_memory=adapter_memory << 20,
+                worker_memory=worker_memory << 20,
             )
         )
     except CannotUse as error:

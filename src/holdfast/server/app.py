@@ -97,7 +97,12 @@ def create_app(
 
     It starts the runs. Whoever serves it stops them, while the app still answers.
     """
-    engines = Engines(list(settings.models), start_engine, adapter_memory=settings.adapter_memory)
+    engines = Engines(
+        list(settings.models),
+        start_engine,
+        adapter_memory=settings.adapter_memory,
+        worker_memory=settings.worker_memory,
+    )
     segments = segments_of(settings.data_dir, catalog)
     runs = Runs(catalog, segments, store, engines, settings.lifetimes)
     context = Context(settings, runs, Keys(catalog))

@@ -49,6 +49,8 @@ class Settings:
     device: str = "auto"
     adapter_memory: int = DEFAULT_ADAPTER_MEMORY
     """Bytes that a worker keeps of runs which are idle; others come back when they are used."""
+    worker_memory: int = 0
+    """Bytes of resident memory above which a worker is replaced in good order; 0: never."""
     max_body: int = 128 << 20
     poll_hold: float = 30.0
     """How long a poll waits before it answers "try again"; below the clients' own 45 s."""
