@@ -64,12 +64,13 @@ class Campaign:
         disk: SmallDisk | None = None,
         network: bool = False,
         postgres: Postgres | None = None,
+        args: Sequence[str] = (),
     ) -> None:
         self._steps = steps
         self._clients = clients
         self._disk = disk
         self._network = network
-        self.server = FaultyServer(directory / "server", model, preloaded, limits, postgres)
+        self.server = FaultyServer(directory / "server", model, preloaded, limits, postgres, args)
 
     @property
     def has_disk(self) -> bool:

@@ -1,6 +1,6 @@
 """Other limits for a server under test than a user's server has: FAULTS_LIMITS.
 
-It holds constants of `holdfast.runs.engines`, as JSON.
+It holds constants of `holdfast.runs.engines` and `holdfast.runs.worker_memory`, as JSON.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ def change_limits() -> None:
     limits = os.environ.get("FAULTS_LIMITS")
     if limits is None:
         return
-    from holdfast.runs import engines
+    from holdfast.runs import engines, worker_memory
 
     for name, limit in json.loads(limits).items():
-        assert hasattr(engines, name), name
-        setattr(engines, name, limit)
+        (module,) = (m for m in (engines, worker_memory) if hasattr(m, name))
+        setattr(module, name, limit)

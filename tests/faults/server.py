@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -56,8 +56,8 @@ class _StoodIn(subprocess.Popen[bytes]):
 class FaultyServer(ServerProcess):
     """`preloaded` is where it and its workers are forked; without it they start as a user's do.
 
-    `limits` are constants of `holdfast.runs.engines` that are to be others, by their names. With
-    `postgres`, its catalog is a new database there.
+    `limits` are constants that are to be others, by their names, see `tests.faults.limits`. With
+    `postgres`, its catalog is a new database there. `args` are options of `holdfast serve`.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class FaultyServer(ServerProcess):
         preloaded: Path | None = None,
         limits: Mapping[str, float] | None = None,
         postgres: Postgres | None = None,
+        args: Sequence[str] = (),
     ) -> None:
         self.points = directory.with_name(f"{directory.name}-points")
         """An empty file named as a fail point arms it."""
@@ -82,7 +83,11 @@ class FaultyServer(ServerProcess):
         if postgres is not None:
             environment["HOLDFAST_CATALOG"] = self.database = postgres.database()
         super().__init__(
-            directory, models={BASE_MODEL: model}, environment=environment, paths=[SITE]
+            directory,
+            models={BASE_MODEL: model},
+            args=args,
+            environment=environment,
+            paths=[SITE],
         )
 
     @property
