@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from holdfast.runs.bodies import FORWARD, FORWARD_BACKWARD, OPTIM_STEP, SAVE_WEI
 from holdfast.runs.engines import LEAVING_TAKES, Host
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.residents import Residents
+from holdfast.runs.run import Run
 from holdfast.runs.worker_memory import GROWN, SHORTEST_LIFE
 
 from .sim import World
@@ -23,26 +25,29 @@ from .toy import NAME, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
-LIMIT = 10_000
-FRESH = 1000
+LIMIT = 10_000 << 20
+FRESH = 1000 << 20
 OPERATIONS = 60
 
 
-def served(worker_memory: int = LIMIT, fresh: int = FRESH) -> Clients:
+@contextmanager
+def served(worker_memory: int = LIMIT, fresh: int = FRESH) -> Iterator[Clients]:
     """A server with such a limit, a session of the Python client, and a run."""
     clients = Clients()
     clients.world = World(1, worker_memory=worker_memory)
     clients.world.fresh = fresh
-    clients.open_session("python")
-    clients.create(0, 1)
-    return clients
+    try:
+        clients.open_session("python")
+        clients.create(0, 1)
+        yield clients
+    finally:
+        clients.close()
 
 
 @pytest.fixture
 def clients() -> Iterator[Clients]:
-    clients = served()
-    yield clients
-    clients.close()
+    with served() as clients:
+        yield clients
 
 
 @pytest.fixture
@@ -63,7 +68,7 @@ def host(clients: Clients) -> Host:
     return clients._world.runs.engines[NAME]
 
 
-def grow(clients: Clients, memory: int = LIMIT + 1) -> None:
+def grow(clients: Clients, memory: int = LIMIT + (2000 << 20)) -> None:
     clients._world.lives[-1].resident_memory = memory
 
 
@@ -126,6 +131,7 @@ def test_a_worker_that_has_grown_is_replaced_and_nothing_is_replayed(
     assert computed == {batch(x): 2 for x in range(OPERATIONS // 2)}  # once a run
     (event,) = said(clients, "worker recycled")
     assert (event["model"], event["life"]) == (NAME, 1)
+    assert (event["memory_mib"], event["limit_mib"]) == (12_000, 10_000)
     assert host(clients).life == 2
     assert not said(clients, "worker died")
 
@@ -156,40 +162,37 @@ def test_what_is_replayed_is_found(
 
 
 def test_without_a_limit_no_worker_is_replaced() -> None:
-    clients = served(worker_memory=0)
-    grow(clients, 1 << 50)
-    clients._world.let(10 * SHORTEST_LIFE)
-    assert len(clients._world.lives) == 1
-    clients.close()
+    with served(worker_memory=0) as clients:
+        grow(clients, 1 << 50)
+        clients._world.let(10 * SHORTEST_LIFE)
+        assert len(clients._world.lives) == 1
 
 
-def test_where_its_size_is_not_known_no_worker_is_replaced() -> None:
-    clients = served()
+def test_where_its_size_is_not_known_no_worker_is_replaced(clients: Clients) -> None:
     clients._world.lives[-1].resident_memory = None
     clients._world.let(10 * SHORTEST_LIFE)
     assert len(clients._world.lives) == 1
-    clients.close()
 
 
 def test_a_limit_below_what_a_worker_needs_does_not_replace_it_over_and_over() -> None:
-    clients = served(fresh=LIMIT + 1)
-    clients._world.let(10 * SHORTEST_LIFE)
-    grow(clients, int(GROWN * (LIMIT + 1)))
-    clients._world.let(10 * SHORTEST_LIFE)
-    assert len(clients._world.lives) == 1
-    grow(clients, int(GROWN * (LIMIT + 1)) + 2)  # a leak is none the less noticed
-    until(clients, lambda: len(clients._world.lives) == 2)
-    clients._world.let(10 * SHORTEST_LIFE)
-    assert len(clients._world.lives) == 2
-    assert len(said(clients, "worker memory is limited to less than a worker needs")) == 1
-    clients.close()
+    with served(fresh=LIMIT + 1) as clients:
+        clients._world.let(10 * SHORTEST_LIFE)
+        grow(clients, int(GROWN * (LIMIT + 1)))
+        clients._world.let(10 * SHORTEST_LIFE)
+        assert len(clients._world.lives) == 1
+        grow(clients, int(GROWN * (LIMIT + 1)) + 2)  # a leak is none the less noticed
+        until(clients, lambda: len(clients._world.lives) == 2)
+        clients._world.let(10 * SHORTEST_LIFE)
+        assert len(clients._world.lives) == 2
+    (event,) = said(clients, "worker-memory is too low")
+    assert (event["limit_mib"], event["after_load_mib"]) == (10_000, 10_000)
+    assert event["replaced_above_mib"] == 15_000
 
 
 def test_a_limit_that_is_always_exceeded_costs_one_load_in_a_while(
-    monkeypatch: pytest.MonkeyPatch,
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by a worker that was just started, but by what training takes in any case."""
-    clients = served()
     honest = ToyEngine.forward_backward
 
     async def forward_backward(engine: ToyEngine, run: str, seq: int, body: bytes) -> bytes:
@@ -197,12 +200,11 @@ def test_a_limit_that_is_always_exceeded_costs_one_load_in_a_while(
         return await honest(engine, run, seq, body)
 
     monkeypatch.setattr(ToyEngine, "forward_backward", forward_backward)
-    for x in range(100):
+    for x in range(50):
         clients._submit(clients.all[0], FORWARD_BACKWARD, batch(x))
         clients._world.let(30.0)
-    assert len(clients._world.lives) <= 1 + 3000 / SHORTEST_LIFE
+    assert len(clients._world.lives) <= 1 + 1500 / SHORTEST_LIFE
     assert counts(clients) == [(0, 0)]
-    clients.close()
 
 
 @pytest.mark.parametrize(
@@ -274,15 +276,14 @@ def test_a_poll_says_that_the_base_model_is_loaded_and_tells_of_no_recovery(
 def recycle_and_die(clients: Clients, point: int) -> bool:
     """The worker dies at that step after its recycling has begun; whether it came so far."""
     clients.create(1, 1)
-    queue_training(clients, 20)
-    clients._world.let(1.0)
+    queue_training(clients, 8)
+    clients._world.let(0.5)
     recycle(clients)
     clients._world.die_in = point
     until(clients, lambda: len(clients._world.lives) > 1)
     died = clients._world.die_in is None
     clients._world.die_in = None
-    check_all(clients)
-    queue_training(clients, 4)
+    queue_training(clients, 2)
     check_all(clients)
     assert host(clients)._recycling is None and not host(clients).recycles(host(clients).life)
     if not died:
@@ -293,12 +294,9 @@ def recycle_and_die(clients: Clients, point: int) -> bool:
 def test_a_worker_may_die_while_its_runs_leave() -> None:
     point = 0
     while True:
-        clients = served()
-        try:
+        with served() as clients:
             if not recycle_and_die(clients, point):
                 break
-        finally:
-            clients.close()
         point += 1
     assert point > 8
 
@@ -337,17 +335,32 @@ def test_one_that_can_leave_a_while_later_is_waited_for(clients: Clients) -> Non
     assert counts(clients) == [(0, 0)]
 
 
-def test_an_operation_that_takes_long_is_waited_for(clients: Clients) -> None:
-    world = clients._world
-    world.pause = lambda what: 3 * LEAVING_TAKES if what == OPTIM_STEP else 0.01  # type: ignore[method-assign]
-    world.lives[-1]._pause = world.pause
-    queue_training(clients, 2)
-    for moment in (0.0, 1.0):  # about to begin, and under way
-        world.let(moment)
-        recycle(clients)
-        until(clients, lambda: not host(clients).recycles(host(clients).life), 2000.0)
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_operation_that_takes_long_is_waited_for(
+    begun: bool, clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is about to begin."""
+    world, (run,) = clients._world, clients.all
+    clients.all_end()
+    world.lives[-1]._pause = lambda what: 1.5 * LEAVING_TAKES if what == FORWARD_BACKWARD else 0.01
+    honest = Run.body
+
+    async def body(run: Run, seq: int) -> bytes:
+        if not begun:
+            recycle_now()
+            await asyncio.sleep(1.0)
+        return await honest(run, seq)
+
+    recycle_now = host(clients).recycle
+    monkeypatch.setattr(Run, "body", body)
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    world.let(2.0)
+    monkeypatch.undo()
+    recycle(clients)
+    until(clients, lambda: len(world.lives) == 2, 2000.0)
     check_all(clients)
     assert counts(clients) == [(0, 0)]
+    assert not said(clients, "runs do not leave")
 
 
 @pytest.mark.parametrize("trouble", ["unstartable", "unloadable"])
@@ -379,6 +392,25 @@ def test_a_stop_meanwhile_ends_and_loses_nothing(moment: float, clients: Clients
     check_all(clients)
     # A stop in good order, too, keeps what there is.
     assert all(replayed == 0 for _, replayed in counts(clients))
+
+
+def test_there_are_never_two_workers_at_once(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def close(engine: ToyEngine) -> None:
+        await asyncio.sleep(5.0)
+        engine.kill()
+
+    monkeypatch.setattr(ToyEngine, "close", close)
+    queue_training(clients)
+    clients._world.let(1.0)
+    recycle(clients)
+    old = clients._world.lives[-1]
+    while not old.dead:
+        assert len(clients._world.lives) == 1
+        clients._world.let(0.1)
+    check_all(clients)
+    assert counts(clients) == [(0, 0)]
 
 
 def test_an_old_worker_that_does_not_close_is_ended_with_its_server(

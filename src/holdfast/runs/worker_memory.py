@@ -30,9 +30,9 @@ class WorkerMemory:
         if 0 < self.limit < least and not self._said:
             self._said = True
             _log.warning(
-                "worker memory is limited to less than a worker needs: it is replaced above "
-                f"{GROWN} times what it takes right after its load; set worker-memory to more, "
-                "by what its runs and their steps take",
+                "worker-memory is too low: a worker takes about as much, or more, right after its "
+                f"load. It is replaced above {GROWN:g} times that instead; set worker-memory above "
+                "that, by what its runs and a step take",
                 model=self._model,
                 limit_mib=mib(self.limit),
                 after_load_mib=mib(memory or 0),
