@@ -491,6 +491,15 @@ class Clients(Trouble):
             self._world.lives[-1].hang()
 
     @rule()
+    def recycle_the_worker(self) -> None:
+        """As if it had grown too much."""
+
+        async def begin() -> None:
+            self._world.runs.engines[NAME].recycle()
+
+        self._do(begin)
+
+    @rule()
     def change_the_numerics(self) -> None:
         """The next worker computes on something else, which changes no integer."""
         self.other_numerics = True
