@@ -285,6 +285,9 @@ def recycle_and_die(clients: Clients, point: int) -> bool:
     clients._world.die_in = None
     queue_training(clients, 2)
     check_all(clients)
+    *before, last = clients._world.lives
+    assert all(worker.dead for worker in before) and not last.dead
+    assert len(before) <= 1 + died
     assert host(clients)._recycling is None and not host(clients).recycles(host(clients).life)
     if not died:
         assert counts(clients) == [(0, 0), (0, 0)]
@@ -299,6 +302,23 @@ def test_a_worker_may_die_while_its_runs_leave() -> None:
                 break
         point += 1
     assert point > 8
+
+
+def test_a_worker_may_die_while_others_wait_for_their_turn_on_it(clients: Clients) -> None:
+    """They get the next one, which is not waited for with the old one's leaving."""
+    world = clients._world
+    clients.all_end()
+    world.lives[-1]._pause = lambda what: 10.0 if what == FORWARD_BACKWARD else 0.01
+    clients._submit(clients.all[0], FORWARD_BACKWARD, batch(1))
+    world.let(1.0)
+    clients.create(1, 1)
+    world.let(1.0)
+    recycle(clients)
+    world.let(1.0)
+    clients.kill_the_worker()
+    queue_training(clients, 2)
+    check_all(clients)
+    assert not said(clients, "worker recycled")
 
 
 def test_runs_that_cannot_leave_are_recovered_in_the_next_worker(
@@ -394,6 +414,21 @@ def test_a_stop_meanwhile_ends_and_loses_nothing(moment: float, clients: Clients
     assert all(replayed == 0 for _, replayed in counts(clients))
 
 
+def test_a_stop_does_not_wait_for_a_run_that_cannot_leave(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue_training(clients, 4)
+    clients.all_end()
+    monkeypatch.setattr(Publisher, "allowed", False)
+    recycle(clients)
+    clients._world.let(1.0)
+    began = clients._now
+    clients._world.restart()
+    assert clients._now - began < 21.0 and not clients._world.left
+    queue_training(clients, 4)
+    check_all(clients)
+
+
 def test_there_are_never_two_workers_at_once(
     clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,10 +437,12 @@ def test_there_are_never_two_workers_at_once(
         engine.kill()
 
     monkeypatch.setattr(ToyEngine, "close", close)
-    queue_training(clients)
     clients._world.let(1.0)
     recycle(clients)
+    clients._world.let(1.0)
+    queue_training(clients, 2)
     old = clients._world.lives[-1]
+    assert not old.dead
     while not old.dead:
         assert len(clients._world.lives) == 1
         clients._world.let(0.1)
