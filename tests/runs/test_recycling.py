@@ -441,11 +441,10 @@ def test_there_are_never_two_workers_at_once(
     recycle(clients)
     clients._world.let(1.0)
     queue_training(clients, 2)
-    old = clients._world.lives[-1]
-    assert not old.dead
-    while not old.dead:
-        assert len(clients._world.lives) == 1
-        clients._world.let(0.1)
+    (old,) = clients._world.lives
+    assert old.states == {} and not old.dead
+    clients._world.let(2.0)
+    assert clients._world.lives == [old]
     check_all(clients)
     assert counts(clients) == [(0, 0)]
 
