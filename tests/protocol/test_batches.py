@@ -173,6 +173,40 @@ def test_results_round_trip_through_json(result: BatchResult) -> None:
         }
 
 
+def test_what_json_has_no_number_for_is_null_and_read_as_nan() -> None:
+    values = [math.nan, -1.25, -math.inf]
+    result = BatchResult(
+        [{"logprobs": Tensor.of(values, "float32"), "tokens": Tensor.of([3, 4, 5], "int64")}],
+        {"loss:sum": math.nan, "loss:mean": 1.0},
+    )
+    body = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert body["loss_fn_outputs"][0]["logprobs"]["data"] == [None, -1.25, None]
+    assert body["loss_fn_outputs"][0]["tokens"]["data"] == [3, 4, 5]
+    assert body["metrics"] == {"loss:mean": 1.0}
+    again = BatchResult.from_json(body).outputs[0]
+    assert again["logprobs"].values() == pytest.approx([math.nan, -1.25, math.nan], nan_ok=True)
+    assert again["tokens"].values() == [3, 4, 5]
+
+
+def test_null_is_no_number_in_a_request() -> None:
+    datum = {
+        "model_input": {"chunks": []},
+        "loss_fn_inputs": {"weights": {"data": [None, 1.0], "dtype": "float32"}},
+    }
+    body = {"forward_backward_input": {"data": [datum], "loss_fn": "x"}, "model_id": "m"}
+    with pytest.raises(InvalidTensorError, match="None is not a float32"):
+        BatchRequest.from_json({**body, "seq_id": 1}, forward_only=False)
+
+
+def test_protobuf_has_every_number() -> None:
+    values = [math.nan, -1.25, -math.inf]
+    data = BatchResult([{"logprobs": Tensor.of(values, "float32")}], {"a:sum": math.inf})
+    (theirs,) = deserialize_forward_backward_output(data.to_protobuf()).loss_fn_outputs
+    (ours,) = BatchResult.from_protobuf(data.to_protobuf()).outputs
+    assert theirs["logprobs"].data == pytest.approx(values, nan_ok=True)
+    assert ours["logprobs"].values() == pytest.approx(values, nan_ok=True)
+
+
 @given(results())
 def test_the_official_client_reads_our_results(result: BatchResult) -> None:
     theirs = deserialize_forward_backward_output(result.to_protobuf())
@@ -242,7 +276,7 @@ def sample_result() -> SampleResult:
         ),
         target_prompt_logprobs=Tensor.of([-0.5, 0.0], "float32", (1, 2)),
         prompt_alt_tokens=Tensor.of([3, 4], "int64", (1, 2)),
-        prompt_alt_logprobs=Tensor.of([-1, -2], "float32", (1, 2)),
+        prompt_alt_logprobs=Tensor.of([-1, -math.inf], "float32", (1, 2)),
         prompt_cache_hit_tokens=3,
     )
 
@@ -270,6 +304,7 @@ def test_samples_round_trip() -> None:
     again = SampleResult.from_json(body)
     assert body["type"] == "sample"
     assert body["prompt_logprobs"] == [None, -1.25]
+    assert body["prompt_alt_tokens"]["logprobs"]["data"] == [-1.0, None]
     assert body["topk_prompt_logprobs"] == [None, [[9, -0.5], [8, -1.0]]]
     assert again.sequences == result.sequences
     assert again.prompt_logprobs is not None

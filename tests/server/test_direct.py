@@ -48,6 +48,8 @@ async def ask(body: Question, name: Who) -> dict[str, Any]:
             raise InvalidMessageError("not like this")
         case "defect":
             raise ZeroDivisionError
+        case "no JSON":
+            return {"number": float("nan")}
     return {"text": body.text, "number": body.number, "name": name}
 
 
@@ -140,6 +142,13 @@ async def test_a_body_of_unknown_size_goes_the_long_way() -> None:
 
     direct = Direct(nowhere, ENDPOINTS, {}, limit=LIMIT)
     assert (await answer(direct, post("/ask", JSON, content=chunks()))).status_code == 418
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_json_does_not_have_is_a_defect() -> None:
+    direct = Direct(nowhere, ENDPOINTS, long_way().exception_handlers, limit=LIMIT)
+    found = await answer(direct, post("/ask", json={"text": "no JSON"}))
+    assert (found.status_code, found.json()["code"]) == (500, "internal_error")
 
 
 def test_an_endpoint_that_needs_more_than_there_is_here_is_not_taken() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -12,8 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 
+from holdfast.protocol.batches import BatchResult
+from holdfast.runs.journal import Outcome
+from holdfast.runs.service import ELIXIR as ELIXIR_FAMILY
+from holdfast.server.routes.futures import render
 from tests.support.raw import ELIXIR, PYTHON, RawRun, assert_refused, http_client, json_datum
 from tests.support.server import ServerProcess
 
@@ -210,6 +216,39 @@ def test_a_result_comes_in_the_encoding_that_is_asked_for(run: RawRun) -> None:
     answer = run.poll(request_id, accept="application/x-protobuf")
     assert answer.headers["content-type"] == "application/x-protobuf"
     assert b"loss:sum" in answer.content
+
+
+@pytest.mark.parametrize("agent", [PYTHON, ELIXIR])
+def test_a_model_that_has_diverged_shows_it(server: ServerProcess, agent: str) -> None:
+    with RawRun.open(server, agent=agent) as run:
+        finite = run.result(run.forward_backward(1))["loss_fn_outputs"][0]["logprobs"]["data"]
+        assert None not in finite
+        run.result(run.optim_step(2, learning_rate=1e30))
+        request_id = run.forward_backward(3)
+        result = run.result(request_id)
+        assert result["loss_fn_outputs"][0]["logprobs"]["data"] == [None] * len(finite)
+        assert "loss:sum" not in result["metrics"]
+        answer = run.poll(request_id, accept="application/x-protobuf")
+        (first, _) = BatchResult.from_protobuf(answer.content).outputs
+        assert np.isnan(first["logprobs"].values()).all()
+        failed = run.answer(run.optim_step(4))
+        assert "finite" in str(failed["error"]), "and its gradients are refused, as ever"
+
+
+@pytest.mark.parametrize(
+    ("family", "category"), [("python", "server"), ("other", "server"), (ELIXIR_FAMILY, "user")]
+)
+@pytest.mark.parametrize("accept", ["application/json", "application/x-protobuf"])
+def test_a_result_that_cannot_be_written_is_a_failed_future(
+    family: str, category: str, accept: str
+) -> None:
+    """Whatever the defect: a client polls again at once, and for ever, when it is answered 5xx."""
+    damaged = Outcome("forward_backward", result=b"no result")
+    answer = render(damaged, "s:train:0:1", accept, family)
+    assert answer.status_code == 200
+    body = json.loads(bytes(answer.body))
+    assert (body["code"], body["category"]) == ("internal_error", category)
+    assert "s:train:0:1" in str(body["error"])
 
 
 # --- The Elixir client ---------------------------------------------------------------------------
@@ -466,6 +505,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
         {"request_id": "MODEL:17"},
         404,
         (":17",),
+    ),
+    "a request beyond 64 bits": (
+        "retrieve_future",
+        {"request_id": f"MODEL:{1 << 63}"},
+        404,
+        (f":{1 << 63}",),
     ),
     "seq_id 0": ("optim_step", {"model_id": "MODEL", "seq_id": 0}, 422, ("seq_id", "0")),
     "seq_id as text": ("optim_step", {"model_id": "MODEL", "seq_id": "1"}, 422, ("seq_id", "'1'")),

@@ -189,11 +189,14 @@ class BatchResult:
         return cls(outputs, dict(message.metrics), message.loss_fn_output_type or OUTPUT_TYPE)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON twin. JSON has no NaN or infinity: metrics that are none are left out."""
+        """The JSON twin. JSON has no NaN or infinity.
+
+        Null stands for them among a tensor's values; metrics that are none are left out.
+        """
         return {
             "loss_fn_output_type": self.output_type,
             "loss_fn_outputs": [
-                {name: tensor.to_json() for name, tensor in output.items()}
+                {name: tensor.to_result_json() for name, tensor in output.items()}
                 for output in self.outputs
             ],
             "metrics": {k: v for k, v in self.metrics.items() if math.isfinite(v)},
@@ -218,7 +221,7 @@ class BatchResult:
             for name, value in item.items():
                 if not isinstance(value, Mapping):
                     raise InvalidMessageError(f"output {name!r:.80}: an object is expected")
-                output[name] = Tensor.from_json(value)
+                output[name] = Tensor.from_result_json(value)
             outputs.append(output)
         numbers: dict[str, float] = {}
         for name, metric in metrics.items():

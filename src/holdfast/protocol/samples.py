@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from holdfast.protocol import tinker_public_pb2 as pb
 from holdfast.protocol.errors import InvalidMessageError
-from holdfast.protocol.tensors import Tensor
+from holdfast.protocol.tensors import Tensor, finite
 
 StopReason = Literal["stop", "length"]
 FILLER_LOGPROB = -99999.0
@@ -135,21 +135,20 @@ class SampleResult:
                 "stop_reason": sequence.stop_reason,
             }
             if sequence.logprobs is not None:
-                item["logprobs"] = _finite(sequence.logprobs.values())
+                item["logprobs"] = finite(sequence.logprobs.values())
             if sequence.topk is not None:
                 item["topk_logprobs"] = sequence.topk.rows()
             body["sequences"].append(item)
         if self.prompt_logprobs is not None:
-            body["prompt_logprobs"] = _finite(self.prompt_logprobs.values())
+            body["prompt_logprobs"] = finite(self.prompt_logprobs.values())
         if self.topk_prompt_logprobs is not None:
             body["topk_prompt_logprobs"] = self.topk_prompt_logprobs.rows()
         if self.target_prompt_logprobs is not None:
-            target = self.target_prompt_logprobs.to_json()
-            body["target_prompt_logprobs"] = {**target, "data": _finite(target["data"])}
+            body["target_prompt_logprobs"] = self.target_prompt_logprobs.to_result_json()
         if self.prompt_alt_tokens is not None and self.prompt_alt_logprobs is not None:
             body["prompt_alt_tokens"] = {
                 "tokens": self.prompt_alt_tokens.to_json(),
-                "logprobs": self.prompt_alt_logprobs.to_json(),
+                "logprobs": self.prompt_alt_logprobs.to_result_json(),
             }
         return body
 
@@ -211,10 +210,6 @@ def _read_topk(message: pb.TopkLogprobs) -> TopK:
     return TopK(
         Tensor("int32", shape, message.token_ids), Tensor("float32", shape, message.logprobs)
     )
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values]
 
 
 def _sequence_from_json(item: object) -> SampledSequence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 from array import array
@@ -189,6 +190,18 @@ class Tensor:
             body["sparse_col_indices"] = _unpack(self.csr.col_indices, "q").tolist()
         return body
 
+    @classmethod
+    def from_result_json(cls, body: Mapping[str, Any]) -> Tensor:
+        """As from_json, for results: null is NaN. In a request it is a mistake."""
+        values = body.get("data")
+        if isinstance(values, list) and None in values:
+            body = {**body, "data": [math.nan if value is None else value for value in values]}
+        return cls.from_json(body)
+
+    def to_result_json(self) -> dict[str, Any]:
+        """As to_json, for results: null stands for NaN and infinity, which JSON does not have."""
+        return {**self.to_json(), "data": finite(self.values())}
+
     # ---- protobuf ----
 
     @classmethod
@@ -252,6 +265,11 @@ class Tensor:
         dense = np.zeros(self.shape, dtype=values.dtype)
         dense[np.repeat(np.arange(self.shape[0]), np.diff(crow)), col] = values
         return dense
+
+
+def finite(values: Sequence[float]) -> list[float | None]:
+    """The values, with None for those that JSON does not have."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def dtype_from_wire(number: int) -> DType:

@@ -64,12 +64,12 @@ class Direct:
                     await self._app(scope, _again(data), send)
                     return
             answer = await call(request, body)
+            if isinstance(answer, dict):
+                answer = Response(_JSON(answer), media_type="application/json")
         except ClientDisconnect:
             return
         except Exception as error:
             answer = await self._handler(error)(request, error)
-        if isinstance(answer, dict):
-            answer = Response(_JSON(answer), media_type="application/json")
         await answer(scope, receive, send)
 
     def _is_usual(self, scope: Scope, call: _Call) -> bool:

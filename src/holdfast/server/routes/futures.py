@@ -68,9 +68,23 @@ async def cancel_future(
 
 
 def render(outcome: Outcome, request_id: str, accept: str, family: str) -> Response:
-    """An outcome in the encoding that was asked for."""
-    if outcome.failure is not None:
-        return JSONResponse(_failed(outcome.failure, family))
+    """An outcome in the encoding that was asked for; a failed future if there is no such form."""
+    failure = outcome.failure
+    if failure is None:
+        try:
+            return _result(outcome, request_id, accept)
+        except Exception:
+            _log.exception("a result could not be answered", request=request_id)
+            failure = Failure(
+                "internal_error",
+                f"request {request_id} was done, but the server met a defect when it wrote the "
+                "result for this client; its log has the details",
+                "server",
+            )
+    return JSONResponse(_failed(failure, family))
+
+
+def _result(outcome: Outcome, request_id: str, accept: str) -> Response:
     if _PROTOBUF in accept and outcome.kind in (bodies.FORWARD, bodies.FORWARD_BACKWARD, "sample"):
         return Response(protobuf_result(outcome), media_type=_PROTOBUF)
     return JSONResponse(json_result(outcome, request_id))
