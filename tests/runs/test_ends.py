@@ -639,6 +639,22 @@ def test_a_request_of_no_generation_is_not_known(clients: Clients, generation: s
     assert refused.value.reason == "not_found"
 
 
+@pytest.mark.parametrize("number", [2**63 - 1, 2**63, 10**20, "9" * 5000, f"g{2**63}:0"])
+def test_a_request_of_no_number_is_not_known_whether_its_run_goes_on_or_has_ended(
+    clients: Clients, number: object
+) -> None:
+    (run,), world = clients.all, clients._world
+
+    def refused() -> str:
+        with pytest.raises(RunError) as error:
+            clients._do(lambda: world.runs.outcome(f"{run.id}:{number}", OWNER, 1.0))
+        return error.value.reason
+
+    assert refused() == "not_found"
+    clients._do(lambda: world.runs.unload(run.id, OWNER))
+    assert refused() == "not_found"
+
+
 # --- What an end follows, when the server dies ----------------------------------------------
 
 

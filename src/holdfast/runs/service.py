@@ -48,6 +48,8 @@ _STATES = {
 }
 """What becomes of a run, by the reason of its end. For any other: its state cannot be had."""
 
+_HIGHEST = 2**63 - 1
+
 _log = structlog.get_logger("holdfast.runs")
 
 
@@ -811,15 +813,25 @@ def _visible(owner: str) -> sa.ColumnElement[bool]:
 
 
 def _split(request_id: str) -> tuple[str, int]:
-    stem, _, seq = request_id.rpartition(":")
-    if not stem or not seq.isascii() or not seq.isdigit():
+    stem, _, digits = request_id.rpartition(":")
+    seq = _number(digits)
+    if not stem or seq is None:
         raise not_found("request", request_id)
-    return stem, int(seq)
+    return stem, seq
+
+
+def _number(digits: str) -> int | None:
+    """A number of 63 bits, of which the catalog's are; None for anything else."""
+    if not digits.isascii() or not digits.isdigit() or len(digits) > len(str(_HIGHEST)):
+        return None
+    number = int(digits)
+    return number if number <= _HIGHEST else None
 
 
 def _key(stem: str) -> RunKey:
     """The run that a request id begins with."""
-    model_id, _, generation = stem.rpartition(":g")
-    if model_id and generation.isascii() and generation.isdigit():
-        return RunKey(model_id, int(generation))
+    model_id, _, digits = stem.rpartition(":g")
+    generation = _number(digits)
+    if model_id and generation is not None:
+        return RunKey(model_id, generation)
     return RunKey(stem)
