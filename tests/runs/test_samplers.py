@@ -8,14 +8,15 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog.tables import samplers as rows
-from holdfast.runs import bodies
+from holdfast.runs import bodies, samplers
 from holdfast.runs.bodies import FORWARD_BACKWARD, Save
+from holdfast.runs.errors import RunError
 from holdfast.runs.samplers import Sampler
 from holdfast.store import LocalStore, NameKey, Unavailable
 
 from .sim import World
 from .test_service import OWNER, Clients
-from .toy import batch
+from .toy import NAME, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
@@ -94,6 +95,61 @@ def test_samples_that_wait_drive_no_run_out_of_the_worker() -> None:
     assert not [e for e in clients.events if "left the worker" in e["event"]]
     clients._check_logs()
     clients.close()
+
+
+# --- How many may wait ----------------------------------------------------------------------
+
+
+def sampler_for(clients: Clients, owner: str) -> Sampler:
+    """A sampler of the base model."""
+    (session,) = clients.sessions
+    clients.count += 1
+    create = clients._world.runs.samplers.create_from_base
+    found = clients._do(lambda: create(session.id, owner, clients.count, NAME))
+    assert isinstance(found, Sampler)
+    return found
+
+
+def taken(clients: Clients, sampler: Sampler, body: bytes = b"x", first: int = 1) -> int:
+    """How many requests are taken when there is no end of them."""
+
+    async def submit() -> int:
+        for seq in range(first, first + 1000):
+            try:
+                clients._world.runs.samplers.submit(sampler, seq, body, body)
+            except RunError as error:
+                assert (error.code, error.reason) == ("too_many_samples", "unavailable")
+                return seq - first
+        raise AssertionError("there is no end")
+
+    count = clients._do(submit)
+    assert isinstance(count, int)
+    return count
+
+
+def test_one_owner_s_samples_leave_room_for_those_of_others(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "MOST_WAITING", 40)
+    first, second, other = (sampler_for(clients, owner) for owner in (OWNER, OWNER, "other"))
+    assert taken(clients, first) == 20
+    assert taken(clients, second) == 0, "another sampler is no way round it"
+    assert taken(clients, other) == 10
+    clients._world.let(100.0)  # all are answered
+    assert taken(clients, other, first=100) == 20
+    clients._world.runs.samplers.cancel(other.id, 100)
+    assert taken(clients, other, first=200) == 1
+
+
+def test_samples_that_wait_take_no_more_than_so_much_memory(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "MOST_WAITING_BYTES", 40_000)
+    one, other = sampler_for(clients, OWNER), sampler_for(clients, "other")
+    assert taken(clients, one, b"x" * 1000) == 20
+    assert taken(clients, other, b"x" * 1000) == 10
+    clients._world.let(100.0)
+    assert taken(clients, one, b"x" * 1000, first=100) == 20
 
 
 # --- Their end ------------------------------------------------------------------------------

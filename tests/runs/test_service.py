@@ -614,7 +614,7 @@ class Clients(Trouble):
             self._check_checkpoints()
             self._check_logs()
             self._world.let(10.0)
-            assert self._world.runs.samplers._unfinished == 0
+            assert len(self._world.runs.samplers._waiting) == 0
         finally:
             self.close()
 

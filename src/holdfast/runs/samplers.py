@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -26,8 +27,10 @@ from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.stopping import Stopping
 from holdfast.store import NameKey
 
-MOST_WAITING = 20_000
-"""Requests without an answer, at a time."""
+MOST_WAITING = 40_000
+"""Requests without an answer, at a time: of all owners together ..."""
+MOST_WAITING_BYTES = 2 << 30
+"""... and their bytes. Of either an owner may have as much as is left to others: alone, half."""
 MOST_KEPT = 256 << 20
 """Bytes of answers that are kept; a client that has lost one sends its request again."""
 KEPT_AFTER_READ = 600.0
@@ -58,6 +61,8 @@ class Sampler:
 @dataclass(slots=True)
 class _Request:
     body_hash: str
+    owner: str
+    body_size: int
     done: asyncio.Event = field(default_factory=asyncio.Event)
     outcome: Outcome | None = None
     read: float | None = None
@@ -68,6 +73,36 @@ class _Request:
         """Bytes it is reckoned with, once it has its outcome."""
         result = None if self.outcome is None else self.outcome.result
         return 1024 + len(result or b"")
+
+
+class _Waiting:
+    """Requests without an answer: how many there are, and their bytes, by owner."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._sizes: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def has_room(self, owner: str, size: int) -> bool:
+        """Whether another one of that owner would leave the others as much as the owner has.
+
+        So neither one owner nor a few of them can have all there is.
+        """
+        left = MOST_WAITING - self._counts.total()
+        left_bytes = MOST_WAITING_BYTES - self._sizes.total()
+        return self._counts[owner] < left and self._sizes[owner] + size <= left_bytes
+
+    def add(self, owner: str, size: int) -> None:
+        self._counts[owner] += 1
+        self._sizes[owner] += size
+
+    def remove(self, owner: str, size: int) -> None:
+        self._counts[owner] -= 1
+        self._sizes[owner] -= size
+        if not self._counts[owner]:
+            del self._counts[owner], self._sizes[owner]
 
 
 class Samplers:
@@ -86,7 +121,7 @@ class Samplers:
         self._requests: dict[tuple[str, int], _Request] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Held while a request of that sampler has, or waits for, its turn at the worker."""
-        self._unfinished = 0
+        self._waiting = _Waiting()
         self._forget_at = 1024
         """Answers in memory from which on those that can go are looked for."""
 
@@ -209,16 +244,16 @@ class Samplers:
         body_hash = journal.digest(asked)
         known = self._requests.get(key)
         if known is None:
-            if len(self._requests) - self._unfinished > self._forget_at:
+            if len(self._requests) - len(self._waiting) > self._forget_at:
                 self._forget()
-                self._forget_at = max(1024, 2 * (len(self._requests) - self._unfinished))
-            if self._unfinished >= MOST_WAITING:
+                self._forget_at = max(1024, 2 * (len(self._requests) - len(self._waiting)))
+            if not self._waiting.has_room(sampler.owner, len(body)):
                 raise Unavailable(
                     "too_many_samples",
-                    f"{MOST_WAITING} sampling requests are waiting; send this one again later",
+                    "too many of your sampling requests are waiting; send this one again later",
                 )
-            request = _Request(body_hash)
-            self._unfinished += 1
+            request = _Request(body_hash, sampler.owner, len(body))
+            self._waiting.add(request.owner, request.body_size)
             request.task = asyncio.create_task(self._execute(sampler, body, request))
             self._requests[key] = request
         elif known.body_hash != body_hash:
@@ -257,7 +292,7 @@ class Samplers:
         request = self._requests.pop((sampler_id, seq_id), None)
         if request is not None and request.outcome is None and request.task is not None:
             request.task.cancel()
-            self._unfinished -= 1
+            self._waiting.remove(request.owner, request.body_size)
 
     async def end_session(self, session_id: str) -> None:
         """Let the session's samplers go."""
@@ -290,7 +325,7 @@ class Samplers:
                 "internal_error", "the server met a defect; its log has the details", "server"
             )
             request.outcome = Outcome("sample", failure=failure)
-        self._unfinished -= 1
+        self._waiting.remove(request.owner, request.body_size)
         request.done.set()
 
     async def _sample(self, sampler: Sampler, body: bytes) -> bytes:
