@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from holdfast.runs import order as module
 from holdfast.runs.order import (
     GAP_LEASE,
     GAP_LEASE_AFTER_REFUSAL,
@@ -199,6 +200,36 @@ def test_the_same_request_again_is_a_duplicate_and_another_one_a_conflict() -> N
     assert order.classify(1, "optim_step", "other") is Accept.CONFLICT
     assert order.classify(1, "forward", "hash 1") is Accept.CONFLICT
     assert order.classify(2, "forward", "any") is Accept.NEW
+
+
+def test_a_full_run_takes_what_the_rest_may_be_waiting_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MOST_UNSETTLED", 3)
+    order = executed("create_model")
+    for seq in (2, 3):
+        submit(order, seq)
+    assert not order.is_full(4)
+    submit(order, 5)
+    assert order.is_full(6) and order.is_full(7)
+    assert not order.is_full(1) and not order.is_full(4), "the first part of a batch comes last"
+    submit(order, 1)
+    for seq in (1, 2):
+        assert order.is_full(6)
+        execute(order, seq)
+    assert not order.is_full(6)
+
+
+def test_a_run_is_full_of_large_bodies_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_UNSETTLED_BYTES", 1000)
+    order = executed("create_model")
+    for seq, size in ((1, 999), (2, 500)):
+        assert not order.is_full(seq)
+        order.add(Entry(seq, "forward", "h", size=size))
+    order.add(Entry(3, "forward", "h", State.FAILED, size=5000))
+    assert order.is_full(4)
+    execute(order, 1)
+    assert not order.is_full(4)
 
 
 def test_a_refused_number_is_taken() -> None:

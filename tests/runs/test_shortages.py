@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from holdfast.catalog import CatalogUnavailable
 from holdfast.catalog.tables import snapshots
 from holdfast.engine.interface import ADAPTER_WEIGHTS, EngineError
-from holdfast.runs import bodies
+from holdfast.runs import bodies, order
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
 from holdfast.runs.driver import LAST_STATE_WAITED_FOR, MOST_STALLED
 from holdfast.runs.engines import Engines
@@ -50,6 +50,42 @@ def check_all(clients: Clients) -> None:
     clients.all_end()
     clients._check_checkpoints()
     clients._check_logs()
+
+
+# --- Room for operations --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bound", "most"), [("MOST_UNSETTLED", 4), ("MOST_UNSETTLED_BYTES", 4 * len(batch(1)))]
+)
+def test_a_client_that_does_not_wait_for_results_is_held_up_and_loses_nothing(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
+) -> None:
+    (run,), world = clients.all, clients._world
+    clients.all_end()
+    monkeypatch.setattr(order, bound, most)
+    world.pause = lambda what: 5.0 if what == FORWARD_BACKWARD else 0.001  # type: ignore[method-assign]
+    world.lives[-1]._pause = world.pause
+    for x in range(4):
+        clients._submit(run, FORWARD_BACKWARD, batch(x))
+    world.kill()  # the next server knows what there is
+
+    async def one_more() -> None:
+        live = await world.runs.live(run.id, OWNER)
+        for _ in range(2):
+            with pytest.raises(Unavailable) as refused:
+                await live.submit(run.highest + 1, FORWARD_BACKWARD, batch(4))
+            assert refused.value.code == "too_many_operations"
+        again = await live.submit(run.highest, FORWARD_BACKWARD, batch(3))
+        assert again == run.ops[run.highest].request_id, "what is known is no more"
+
+    clients._do(one_more)
+    started = clients._now
+    for x in range(4, 9):
+        clients._submit(run, FORWARD_BACKWARD, batch(x))
+    assert clients._now - started > 20.0, "the client sends it again until there is room"
+    clients._submit(run, OPTIM_STEP, steps())
+    check_all(clients)
 
 
 # --- Workers --------------------------------------------------------------------------------

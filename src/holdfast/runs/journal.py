@@ -387,6 +387,16 @@ def live_runs(connection: Connection) -> dict[RunKey, Resumed]:
         for row in connection.execute(sa.select(live))
     }
     final = [State.DONE.value, State.FAILED.value]
+    size = (
+        sa.select(contents.c.size)
+        .where(
+            (contents.c.run_id == operations.c.run_id)
+            & (contents.c.generation == operations.c.generation)
+            & (contents.c.seq == operations.c.seq)
+            & (contents.c.part == "body")
+        )
+        .scalar_subquery()
+    )
     rows = connection.execute(
         sa.select(
             operations.c.run_id,
@@ -399,6 +409,7 @@ def live_runs(connection: Connection) -> dict[RunKey, Resumed]:
             operations.c.accepted,
             operations.c.attempts,
             operations.c.begun_again,
+            sa.case((operations.c.settled.is_(None), size), else_=0).label("size"),
             sa.case((operations.c.state == State.FAILED.value, operations.c.error)),
         )
         .join(
@@ -421,6 +432,7 @@ def live_runs(connection: Connection) -> dict[RunKey, Resumed]:
                     row.kind,
                     row.body_hash,
                     State(row.state),
+                    size=row.size or 0,
                     attempts=row.attempts,
                     begun_again=row.begun_again,
                     late=row.mark_at is not None,

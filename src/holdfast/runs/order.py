@@ -23,6 +23,11 @@ GAP_LEASE_AFTER_REFUSAL = 5.0
 """Once a definite refusal was given, the missing number is most likely the refused one ..."""
 MOST_AHEAD = 10_000
 """A number so far above the highest there is was not given out by a client that counts."""
+MOST_UNSETTLED = 10_000
+"""Operations that a run may have before it. A client that sends on without waiting for results is
+then told to send the next one again later ..."""
+MOST_UNSETTLED_BYTES = 16 << 30
+"""... as with bodies of so many bytes."""
 REFUSAL_REACHES = 32
 """... or one that its client gave up with it: so far above the highest number there is. Numbers
 beyond were given out later, and are missing for another reason."""
@@ -62,6 +67,8 @@ class Entry:
     kind: str
     body_hash: str | None
     state: State = State.ACCEPTED
+    size: int = 0
+    """Bytes of its body, while it is unsettled."""
     attempts: int = 0
     """Deaths of a worker while it ran."""
     begun_again: int = 0
@@ -102,6 +109,7 @@ class Order:
         self._floor = floor
         self._entries: dict[int, Entry] = {}
         self._unsettled: set[int] = set()
+        self._unsettled_bytes = 0
         self._by_number: list[int] = []
         """A heap of the unsettled numbers, and of such that have been settled since."""
         self._highest = position
@@ -153,6 +161,16 @@ class Order:
         """Whether a number is so high that it must be a mistake."""
         return seq > self._highest + MOST_AHEAD
 
+    def is_full(self, seq: int) -> bool:
+        """Whether so much is unsettled that a number has to come later.
+
+        Not one below another that is there: that may be waiting for it.
+        """
+        much = (
+            len(self._unsettled) >= MOST_UNSETTLED or self._unsettled_bytes >= MOST_UNSETTLED_BYTES
+        )
+        return much and seq > self._highest
+
     def any_unsettled_below(self, seq: int) -> bool:
         """Whether one of the numbers below `seq` has no outcome yet."""
         waiting = self._by_number
@@ -185,6 +203,7 @@ class Order:
         self._entries[entry.seq] = entry
         if not entry.state.settled:
             self._unsettled.add(entry.seq)
+            self._unsettled_bytes += entry.size
             heapq.heappush(self._by_number, entry.seq)
         self._highest = max(self._highest, entry.seq)
 
@@ -295,6 +314,7 @@ class Order:
         assert not entry.state.settled
         entry.state = state
         self._unsettled.remove(seq)
+        self._unsettled_bytes -= entry.size
 
     def again(self, seq: int) -> None:
         """The entry's execution was lost; it comes up again."""

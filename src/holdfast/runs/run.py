@@ -180,8 +180,15 @@ class Run:
                     f"{self.key} so far; requests are numbered one after the other",
                 )
             match self.order.classify(seq, kind, body_hash):
+                case Accept.NEW if self.order.is_full(seq):
+                    raise Unavailable(
+                        "too_many_operations",
+                        f"run {self.key} has so much to do that it takes no more; send number "
+                        f"{seq} again later",
+                    )
                 case Accept.NEW:
-                    await self._accept(Entry(seq, kind, body_hash), body, first)
+                    entry = Entry(seq, kind, body_hash, size=len(body))
+                    await self._accept(entry, body, first)
                 case Accept.CONFLICT:
                     raise self._conflict(seq, self.order[seq].kind)
                 case Accept.FORGOTTEN:
