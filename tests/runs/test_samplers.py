@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog.tables import samplers as rows
+from holdfast.engine.worker import store_error
 from holdfast.runs import bodies, samplers
 from holdfast.runs.bodies import FORWARD_BACKWARD, Save
 from holdfast.runs.errors import RunError
+from holdfast.runs.journal import Outcome
 from holdfast.runs.samplers import Sampler
-from holdfast.store import LocalStore, NameKey, Unavailable
+from holdfast.store import (
+    CorruptBlob,
+    IOFailed,
+    LocalStore,
+    Manifest,
+    NameKey,
+    NoAccess,
+    StoreError,
+    Unavailable,
+)
+from holdfast.store.retries import STORAGE_WAITED_FOR
 
 from .sim import World
 from .test_service import OWNER, Clients
-from .toy import NAME, batch
+from .toy import NAME, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
@@ -95,6 +108,90 @@ def test_samples_that_wait_drive_no_run_out_of_the_worker() -> None:
     assert not [e for e in clients.events if "left the worker" in e["event"]]
     clients._check_logs()
     clients.close()
+
+
+# --- A storage that fails for a moment ------------------------------------------------------
+
+
+def fails_until(end: float, clients: Clients, error: type[StoreError]) -> Callable[[], None]:
+    def check() -> None:
+        if clients._now < end:
+            raise CorruptBlob("it is damaged", "x") if error is CorruptBlob else error("no answer")
+
+    return check
+
+
+def plant_manifest(check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = LocalStore.read_manifest
+
+    def read(store: LocalStore, manifest_id: str) -> Manifest:
+        check()
+        return honest(store, manifest_id)
+
+    monkeypatch.setattr(LocalStore, "read_manifest", read)
+
+
+def plant_weights(check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = ToyEngine.sample
+
+    async def sample(engine: ToyEngine, *args: Any) -> bytes:
+        try:
+            check()
+        except StoreError as error:
+            raise store_error(error) from error
+        return await honest(engine, *args)
+
+    monkeypatch.setattr(ToyEngine, "sample", sample)
+
+
+def sampled(
+    clients: Clients,
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Plant,
+    seconds: float,
+    error: type[StoreError],
+) -> tuple[Outcome, float]:
+    """What becomes of a sample beside a storage that fails for so long, and its seconds."""
+    sampler = sampler_of(clients, saved(clients))
+    started = clients._now
+    plant(fails_until(started + seconds, clients, error), monkeypatch)
+    flood(clients, sampler, 1)
+    outcome = clients._do(lambda: clients._world.runs.samplers.outcome(sampler.id, 1, 1000.0))
+    assert isinstance(outcome, Outcome)
+    return outcome, clients._now - started
+
+
+Plant = Callable[[Callable[[], None], pytest.MonkeyPatch], None]
+PLANTS = pytest.mark.parametrize("plant", [plant_manifest, plant_weights])
+
+
+@PLANTS
+@pytest.mark.parametrize("error", [IOFailed, NoAccess, Unavailable])
+def test_a_sample_waits_for_a_storage_that_fails_for_a_moment(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, plant: Plant, error: type[StoreError]
+) -> None:
+    outcome, seconds = sampled(clients, monkeypatch, plant, 40.0, error)
+    assert outcome.failure is None
+    assert 40.0 <= seconds < 50.0
+
+
+@PLANTS
+def test_a_sample_fails_when_the_storage_does_not_come_back(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, plant: Plant
+) -> None:
+    outcome, seconds = sampled(clients, monkeypatch, plant, 1000.0, IOFailed)
+    assert outcome.failure is not None
+    assert (outcome.failure.code, outcome.failure.category) == ("io_failed", "server")
+    assert STORAGE_WAITED_FOR - 5 < seconds < STORAGE_WAITED_FOR + 5
+
+
+@PLANTS
+def test_a_sample_of_damaged_weights_fails_at_once(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, plant: Plant
+) -> None:
+    outcome, seconds = sampled(clients, monkeypatch, plant, 1000.0, CorruptBlob)
+    assert outcome.failure is not None and outcome.failure.code == "corrupt_blob"
+    assert seconds < 5
 
 
 # --- How many may wait ----------------------------------------------------------------------

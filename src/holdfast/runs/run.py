@@ -475,20 +475,8 @@ class Run:
         return await self.patiently(lambda: self.services.catalog.read(work))
 
     async def persistently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Something that needs the storage: tried again for a while when that fails.
-
-        It may be full for a moment. And `patiently`, where it writes to the catalog.
-        """
-        again = pauses(within=STORAGE_WAITED_FOR)
-        while True:
-            try:
-                return await self.patiently(call)
-            except RunError as error:
-                pause = next(again, None)
-                if error.reason != "unavailable" or pause is None:
-                    raise
-                self.log.warning("the storage is tried again", error=error.message)
-            await asyncio.sleep(pause)
+        """`persistently`, with this run's log."""
+        return await persistently(call, self.log)
 
     async def recorded(self) -> bool:
         """Wait until every outcome so far is durable.
@@ -622,6 +610,23 @@ class Run:
             await asyncio.wait([self._driver])
         if self._recording:  # what is not recorded is executed again
             await asyncio.wait(list(self._recording.values()), timeout=timeout)
+
+
+async def persistently(call: Callable[[], Awaitable[T]], log: structlog.BoundLogger = _log) -> T:
+    """Something that needs the storage: tried again for a while when that fails.
+
+    It may be full for a moment. And `patiently`, where it writes to the catalog.
+    """
+    again = pauses(within=STORAGE_WAITED_FOR)
+    while True:
+        try:
+            return await patiently(call, log)
+        except RunError as error:
+            pause = next(again, None)
+            if error.reason != "unavailable" or pause is None:
+                raise
+            log.warning("the storage is tried again", error=error.message)
+        await asyncio.sleep(pause)
 
 
 async def patiently(call: Callable[[], Awaitable[T]], log: structlog.BoundLogger = _log) -> T:

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -21,11 +22,13 @@ from holdfast.catalog.tables import samplers
 from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, WorkerDied
 from holdfast.runs import journal
 from holdfast.runs.checkpoints import Checkpoints
-from holdfast.runs.engines import Engines, NotLoaded
+from holdfast.runs.engines import Engines, Host, NotLoaded
 from holdfast.runs.errors import RunError, Unavailable, not_found
 from holdfast.runs.journal import Failure, Outcome
+from holdfast.runs.run import persistently
 from holdfast.runs.stopping import Stopping
-from holdfast.store import NameKey
+from holdfast.store import Blob, NameKey
+from holdfast.store import Unavailable as StoreUnavailable
 
 MOST_WAITING = 40_000
 """Requests without an answer, at a time: of all owners together ..."""
@@ -41,6 +44,12 @@ _BASE_MODEL_WAITED_FOR = 600.0
 _BASE_MODEL_PAUSE = 5.0
 _LOADING_WAITED_FOR = 30.0
 """Seconds: clients give up a request after a minute."""
+
+_STORAGE_FAILED = {
+    StoreUnavailable.code,
+    *(kind.code for kind in StoreUnavailable.__subclasses__()),
+}
+"""Codes of what a worker fails with when it cannot read the weights for the moment."""
 
 _log = structlog.get_logger("holdfast.samplers")
 
@@ -329,17 +338,16 @@ class Samplers:
         request.done.set()
 
     async def _sample(self, sampler: Sampler, body: bytes) -> bytes:
-        files = None
-        if sampler.manifest is not None:
-            files = (await self._checkpoints.manifest(sampler.manifest)).files
+        files, manifest = None, sampler.manifest
+        if manifest is not None:
+            files = (await persistently(lambda: self._checkpoints.manifest(manifest), _log)).files
         host = self._engines[sampler.base_model]
         deaths = 0
         async with self._turns.setdefault(sampler.id, asyncio.Lock()):
             while deaths < _ATTEMPTS:
                 # The worker that is there when its turn comes: a death before is none of its.
                 try:
-                    async with host.computing() as (engine, _):
-                        return await engine.sample(files, body)
+                    return await persistently(lambda: _compute(host, files, body), _log)
                 except WorkerDied:
                     deaths += 1
                 except NotLoaded as error:
@@ -362,3 +370,16 @@ class Samplers:
             if old or size > MOST_KEPT:
                 size -= request.size
                 del self._requests[key]
+
+
+async def _compute(host: Host, files: Mapping[str, Blob] | None, body: bytes) -> bytes:
+    """Raises RunError of reason "unavailable" when the storage fails."""
+    try:
+        async with host.computing() as (engine, _):
+            return await engine.sample(files, body)
+    except EngineError as error:
+        if error.code not in _STORAGE_FAILED:
+            raise
+        raise RunError(
+            error.code, error.message, reason="unavailable", category="server"
+        ) from error
