@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +14,10 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog import tables
-from holdfast.runs import bodies, contents, retention, segments
+from holdfast.runs import bodies, contents, retention, samplers, segments
+from holdfast.runs.bodies import SaveSampler
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.samplers import Samplers
 from holdfast.runs.service import Lifetimes
 
 from .sim import World
@@ -132,6 +135,70 @@ def test_nothing_grows_with_the_length_of_a_run() -> None:
     before, after = most(found[:3]), most(found[3:])  # at other moments between two sweeps
     assert before["rows of operations"] > 100 and before["bytes in segments"] > 1 << 19
     assert grown(before, after) == {}
+
+
+# --- Samplers -------------------------------------------------------------------------------
+
+
+def train_and_sample(clients: Clients, first: int, count: int) -> None:
+    """Steps of some minutes, each with a sampler of its own, which is used then."""
+    (model,) = clients.all
+    world = clients._world
+
+    async def step(number: int) -> None:
+        run = await world.runs.live(model.id, OWNER)
+        seq = 3 * number
+        await run.submit(seq + 1, bodies.FORWARD_BACKWARD, batch(number))
+        await run.submit(seq + 2, bodies.OPTIM_STEP, steps().encode())
+        await run.submit(seq + 3, bodies.SAVE_SAMPLER, SaveSampler(None, number).encode())
+        outcome = await run.outcome(seq + 3, 60.0)
+        assert outcome is not None and outcome.result is not None
+        for shown in (1, 2, 3):
+            run.delivered(seq + shown)
+        made = json.loads(outcome.result)["sampling_session_id"]
+        sampler = await world.runs.samplers.get(made, OWNER)
+        world.runs.samplers.submit(sampler, 0, b"prompt", b"prompt")
+        sampled = await world.runs.samplers.outcome(made, 0, 60.0)
+        assert sampled is not None and sampled.failure is None
+
+    for number in range(first, first + count):
+        clients._do(partial(step, number))
+        world.let(300.0)
+
+
+def sizes_after_samples(monkeypatch: pytest.MonkeyPatch, *counts: int) -> list[Sizes]:
+    monkeypatch.setattr(samplers, "NEWEST_KEPT", 10)
+    monkeypatch.setattr(samplers, "UNUSED_KEPT", 3600.0)
+    found = []
+    with clients_of_a_server() as clients:
+        done = 0
+        for count in counts:
+            train_and_sample(clients, done, count - done)
+            done = count
+            found.append(measure(clients._world))
+        clients._check_logs()
+    return found
+
+
+def test_a_run_that_samples_at_each_step_takes_no_more_and_more_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, after = sizes_after_samples(monkeypatch, 60, 180)
+    assert before["files in store"] > 2 * 12, "those of the last hour are there"
+    # The rows are some hundred bytes each: an id that was given out is never another sampler's.
+    assert set(grown(before, after)) == {"rows of samplers"}
+
+
+def test_growth_of_what_is_sampled_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def release_unused(_: Samplers) -> None:
+        pass
+
+    monkeypatch.setattr(Samplers, "release_unused", release_unused)
+    before, after = sizes_after_samples(monkeypatch, 60, 120)
+    assert {"files in store", "bytes in store"} <= set(grown(before, after))
+
+
+# --- What makes it grow ---------------------------------------------------------------------
 
 
 def no_expiry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog.tables import samplers as rows
+from holdfast.catalog.tables import snapshots
 from holdfast.engine.worker import store_error
 from holdfast.runs import bodies, samplers
-from holdfast.runs.bodies import FORWARD_BACKWARD, Save
+from holdfast.runs.bodies import FORWARD_BACKWARD, Save, SaveSampler
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Outcome
 from holdfast.runs.samplers import Sampler
@@ -28,7 +30,7 @@ from holdfast.store import (
 from holdfast.store.retries import STORAGE_WAITED_FOR
 
 from .sim import World
-from .test_service import OWNER, Clients
+from .test_service import OWNER, Clients, steps
 from .toy import NAME, ToyEngine, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
@@ -310,3 +312,150 @@ def test_samplers_whose_weights_the_store_does_not_let_go_are_gone_later(
     clients._world.let(1.0)
     assert left(clients) == (0, 0)
     clients._check_logs()
+
+
+# --- Those of a long run --------------------------------------------------------------------
+
+
+def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest three, and what was used within six minutes."""
+    monkeypatch.setattr(samplers, "NEWEST_KEPT", 3)
+    monkeypatch.setattr(samplers, "UNUSED_KEPT", 360.0)
+
+
+def sampler_of_state(clients: Clients, number: int) -> str:
+    """As `save_weights_and_get_sampling_client` makes one with each step: without a name."""
+    (model,), world = clients.all, clients._world
+
+    async def step() -> str:
+        run = await world.runs.live(model.id, OWNER)
+        seq = run.order.highest
+        await run.submit(seq + 1, FORWARD_BACKWARD, batch(number))
+        await run.submit(seq + 2, bodies.OPTIM_STEP, steps().encode())
+        await run.submit(seq + 3, bodies.SAVE_SAMPLER, SaveSampler(None, number).encode())
+        outcome = await run.outcome(seq + 3, 60.0)
+        assert outcome is not None and outcome.result is not None
+        return str(json.loads(outcome.result)["sampling_session_id"])
+
+    made = clients._do(step)
+    assert isinstance(made, str)
+    return made
+
+
+def use(clients: Clients, sampler_id: str) -> None:
+    clients._do(lambda: clients._world.runs.samplers.get(sampler_id, OWNER))
+
+
+def is_gone(clients: Clients, sampler_id: str) -> bool:
+    try:
+        use(clients, sampler_id)
+    except RunError as error:
+        assert (error.code, error.reason) == ("sampler_released", "not_found")
+        assert "under a name" in error.message
+        return True
+    return False
+
+
+def needed(clients: Clients) -> set[str]:
+    """Manifests that samplers and recovery points have."""
+    with clients._world.catalog._engine.connect() as connection:
+        of_samplers = connection.scalars(
+            sa.select(rows.c.manifest).where(rows.c.manifest.is_not(None))
+        )
+        return {*of_samplers, *connection.scalars(sa.select(snapshots.c.manifest))}
+
+
+def pass_minutes(clients: Clients, minutes: int, using: str | None = None) -> None:
+    for _ in range(minutes):
+        clients._world.let(60.0)
+        clients._beat()
+        if using is not None:
+            use(clients, using)
+
+
+def test_old_samplers_that_nobody_uses_go(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_kept(monkeypatch)
+    made = [sampler_of_state(clients, number) for number in range(7)]
+    base = sampler_for(clients, OWNER)
+    pass_minutes(clients, 5)
+    before = left(clients)
+    assert before[0] == 8
+    pass_minutes(clients, 3, using=made[1])
+    (session,) = clients.sessions
+    _, listed = clients._do(lambda: clients._world.runs.sessions.members(session.id))
+    assert sorted(listed) == sorted([made[1], *made[4:], base.id])
+    assert left(clients)[1] == before[1] - 3, "their weights are let go"
+    assert [is_gone(clients, x) for x in made] == [True, False, True, True, False, False, False]
+    clients._check_logs()
+    clients._world.restart()
+    assert is_gone(clients, made[0])
+
+
+def test_the_number_of_one_that_is_gone_is_never_another_one_s(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some clients count from 0 several times: who still has the old one would sample the new."""
+    few_kept(monkeypatch)
+    made = [sampler_of_state(clients, number) for number in range(4)]
+    pass_minutes(clients, 7)
+    assert is_gone(clients, made[0])
+    assert sampler_of_state(clients, 0) not in made
+    assert is_gone(clients, made[0])
+
+
+def test_a_server_that_has_not_been_there_as_long_lets_no_sampler_go(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_kept(monkeypatch)
+    first, *_ = [sampler_of_state(clients, number) for number in range(4)]
+    for restart in (clients._world.restart, clients._world.kill):
+        pass_minutes(clients, 5)
+        restart()
+    pass_minutes(clients, 5)
+    with clients._world.catalog._engine.connect() as connection:
+        gone = sa.select(sa.func.count()).where(rows.c.released.is_not(None))
+        assert connection.scalar(gone) == 0
+    pass_minutes(clients, 2)
+    assert is_gone(clients, first)
+
+
+def test_the_samplers_of_other_sessions_and_runs_push_none_out(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_kept(monkeypatch)
+    first = sampler_of(clients, saved(clients))
+    first_session = clients.sessions.pop()
+    clients.open_session("python")
+    second = [sampler_of(clients, NameKey(clients.all[0].id, "weights", "a")).id for _ in range(4)]
+    clients.sessions.append(first_session)
+    pass_minutes(clients, 7)
+    assert not is_gone(clients, first.id)
+    assert [is_gone(clients, sampler_id) for sampler_id in second] == [True, False, False, False]
+
+
+def test_samplers_are_let_go_wherever_the_server_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few_kept(monkeypatch)
+    for point in range(30):
+        clients = Clients()
+        clients.begin(seed=1, client="python")
+        world = clients._world
+        made = [sampler_of_state(clients, number) for number in range(5)]
+        pass_minutes(clients, 5)
+        world.let(50.0)
+        world.kill_in = point
+        world.let(60.0)
+        killed, world.kill_in = world.kills > 0, None
+        pass_minutes(clients, 7)
+        assert [is_gone(clients, x) for x in made] == [True, True, False, False, False]
+        unnamed = {manifest_id for manifest_id, _ in world.store.unnamed()}
+        assert unnamed == needed(clients), f"killed at point {point}"
+        clients._check_logs()
+        clients.close()
+        if not killed:
+            assert point > 1
+            return
+    raise AssertionError("there is no end of points")

@@ -204,6 +204,8 @@ samplers = Table(
     Column("owner", String, nullable=False),
     Column("base_model", String, nullable=False),
     Column("model_path", String),
-    Column("manifest", String),  # empty for a base model
+    Column("manifest", String),  # empty for a base model, and once it is released
     Column("created", Float, nullable=False),
+    Column("run_id", String),  # whose weights they are
+    Column("released", Float),  # when the weights were let go: the id stays taken
 )

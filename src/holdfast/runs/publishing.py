@@ -230,6 +230,7 @@ class Publisher:
             run.info.config.base_model,
             save.sampling_session_seq_id,
             manifest=manifest_id,
+            run_id=run.key.id,
         )
         sampler = await run.patiently(create)
         result = bodies.encode_json({"sampling_session_id": sampler.id})

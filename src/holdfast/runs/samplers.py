@@ -17,11 +17,12 @@ from weakref import WeakValueDictionary
 import sqlalchemy as sa
 import structlog
 
-from holdfast.catalog import Catalog
+from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import samplers
 from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, WorkerDied
 from holdfast.runs import journal
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.clock import ServingClock
 from holdfast.runs.engines import Engines, Host, NotLoaded
 from holdfast.runs.errors import RunError, Unavailable, not_found
 from holdfast.runs.journal import Failure, Outcome
@@ -38,6 +39,11 @@ MOST_KEPT = 256 << 20
 """Bytes of answers that are kept; a client that has lost one sends its request again."""
 KEPT_AFTER_READ = 600.0
 """Seconds for which an answer can be read again."""
+NEWEST_KEPT = 100
+"""A session's samplers of one run's weights that stay however little they are used ..."""
+UNUSED_KEPT = 6 * 3600.0
+"""... as do older ones that were used within so many seconds."""
+_RELEASED_AT_ONCE = 500
 _ATTEMPTS = 3
 _BASE_MODEL_WAITED_FOR = 600.0
 """Seconds for which a request waits for a base model that cannot be loaded again."""
@@ -65,6 +71,10 @@ class Sampler:
     model_path: str | None
     manifest: str | None
     created: float
+    run_id: str | None = None
+    """Whose weights they are."""
+    released: float | None = None
+    """When its weights were let go."""
 
 
 @dataclass(slots=True)
@@ -121,12 +131,23 @@ class Samplers:
     """
 
     def __init__(
-        self, catalog: Catalog, checkpoints: Checkpoints, engines: Engines, stopping: Stopping
+        self,
+        catalog: Catalog,
+        checkpoints: Checkpoints,
+        engines: Engines,
+        stopping: Stopping,
+        clock: ServingClock,
     ) -> None:
         self._catalog = catalog
         self._checkpoints = checkpoints
         self._engines = engines
         self._stopping = stopping
+        self._clock = clock
+        self._started = clock.now()
+        self._used: dict[str, float] = {}
+        """When samplers were created or asked for, as far as that was within `UNUSED_KEPT`."""
+        self._releasing: frozenset[str] = frozenset()
+        """Those that were let go the last time."""
         self._requests: dict[tuple[str, int], _Request] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Held while a request of that sampler has, or waits for, its turn at the worker."""
@@ -143,8 +164,9 @@ class Samplers:
         *,
         manifest: str | None = None,
         model_path: str | None = None,
+        run_id: str | None = None,
     ) -> Sampler:
-        """Record a sampler. `manifest` is an unnamed one, which lives as long as the session.
+        """Record a sampler. `manifest` is an unnamed one of a run's weights, which lives with it.
 
         Clients number samplers per session, some of them from several counters at once: the same
         number with the same content is the same sampler, with another content another one.
@@ -155,7 +177,16 @@ class Samplers:
             copy = 0
             while True:
                 id = stem if copy == 0 else f"{stem}.{copy}"
-                new = Sampler(id, session_id, owner, base_model, model_path, manifest, time.time())
+                new = Sampler(
+                    id,
+                    session_id,
+                    owner,
+                    base_model,
+                    model_path,
+                    manifest,
+                    time.time(),
+                    run_id,
+                )
                 row = connection.execute(sa.select(samplers).where(samplers.c.id == id)).first()
                 if row is None:
                     connection.execute(samplers.insert().values(dataclasses.asdict(new)))
@@ -165,7 +196,9 @@ class Samplers:
                     return old
                 copy += 1
 
-        return await self._catalog.write(work)
+        sampler = await self._catalog.write(work)
+        self._used[sampler.id] = self._clock.now()
+        return sampler
 
     async def create_from_path(
         self, session_id: str, owner: str, seq_id: int, key: NameKey, base_model: str | None
@@ -216,6 +249,7 @@ class Samplers:
             seq_id,
             manifest=await self._checkpoints.publish(fixed),
             model_path=f"tinker://{key}",
+            run_id=key.run,
         )
 
     async def create_from_base(
@@ -233,7 +267,17 @@ class Samplers:
         )
         if row is None or row.owner != owner:
             raise not_found("sampler", sampler_id)
-        return Sampler(**row._mapping)
+        sampler = Sampler(**row._mapping)
+        if sampler.released is not None or sampler_id in self._releasing:
+            raise RunError(
+                "sampler_released",
+                f"sampler {sampler_id!r} is gone: nobody used it for {UNUSED_KEPT / 3600:.0f} hours"
+                f", and this session made {NEWEST_KEPT} newer ones of the run's weights; save "
+                "weights that are to be sampled later under a name, and make a sampler of its path",
+                reason="not_found",
+            )
+        self._used[sampler_id] = self._clock.now()
+        return sampler
 
     async def of_session(self, session_id: str) -> list[Sampler]:
         rows = await self._catalog.read(
@@ -302,6 +346,49 @@ class Samplers:
         if request is not None and request.outcome is None and request.task is not None:
             request.task.cancel()
             self._waiting.remove(request.owner, request.body_size)
+
+    async def release_unused(self) -> None:
+        """Let go of the weights of old samplers that nobody uses any more.
+
+        A training that samples makes one with each step, and comes back to the newest few. Their
+        rows stay until the session ends: no other sampler may get the id of one that is gone.
+        """
+        newer = sa.func.row_number().over(
+            partition_by=(samplers.c.session_id, samplers.c.run_id),
+            order_by=(samplers.c.created.desc(), samplers.c.id),
+        )
+        ranked = (
+            sa.select(samplers.c.id, samplers.c.manifest, newer.label("number"))
+            .where(samplers.c.manifest.is_not(None) & samplers.c.run_id.is_not(None))
+            .subquery()
+        )
+        rows = await self._catalog.read(
+            lambda c: c.execute(sa.select(ranked).where(ranked.c.number > NEWEST_KEPT)).all()
+        )
+        since = self._clock.now() - UNUSED_KEPT
+        self._used = {id: used for id, used in self._used.items() if used > since}
+        if not rows or self._started > since:  # the server before may have been asked for them
+            return
+        busy = {key[0] for key, request in self._requests.items() if request.outcome is None}
+        old = [row for row in rows if row.id not in self._used and row.id not in busy]
+        old = old[:_RELEASED_AT_ONCE]
+        releasing = self._releasing = frozenset(row.id for row in old)
+        if not releasing:
+            return
+        try:
+            await self._catalog.write(
+                lambda c: c.execute(
+                    samplers.update()
+                    .where(samplers.c.id.in_(releasing))
+                    .values(manifest=None, released=time.time())
+                )
+            )
+        except CatalogUnavailable:
+            self._releasing = frozenset()
+            raise
+        _log.info("samplers released", samplers=len(releasing))
+        with suppress(RunError):  # the next start finds what is left
+            await self._checkpoints.discard([row.manifest for row in old])
 
     async def end_session(self, session_id: str) -> None:
         """Let the session's samplers go."""

@@ -133,9 +133,9 @@ class Runs:
         self.engines = engines
         self.stopping = Stopping()
         self.checkpoints = Checkpoints(store, catalog)
-        self.samplers = Samplers(catalog, self.checkpoints, engines, self.stopping)
         self.lifetimes = lifetimes or Lifetimes()
         self._clock = ServingClock()
+        self.samplers = Samplers(catalog, self.checkpoints, engines, self.stopping, self._clock)
         self.sessions = Sessions(
             catalog, self._clock, self.stopping, grace=self.lifetimes.session_grace
         )
@@ -641,6 +641,7 @@ class Runs:
             for live in list(self._live.values()):
                 await _tried("results that were read are not noted", live.run.note_read())
             await _tried("nothing was removed from the journal", self._tidy())
+            await _tried("no sampler was released", self.samplers.release_unused())
 
     async def _tidy(self) -> None:
         """Remove what nobody needs any more from the journal."""

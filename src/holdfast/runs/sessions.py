@@ -214,7 +214,9 @@ class Sessions:
                 .order_by(runs.c.id)
             )
             of_samplers = connection.scalars(
-                sa.select(samplers.c.id).where(samplers.c.session_id == session_id)
+                sa.select(samplers.c.id).where(
+                    (samplers.c.session_id == session_id) & samplers.c.released.is_(None)
+                )
             )
             return list(of_runs), list(of_samplers)
 
