@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.gate import Gate
 from holdfast.runs.journal import Outcome
 from holdfast.runs.order import GAP_LEASE_ELIXIR, Entry, State
-from holdfast.runs.poison import MOST_BEGUN_AGAIN
+from holdfast.runs.poison import MOST_BEGUN_AGAIN, MOST_DEATHS, count_death
 from holdfast.runs.publishing import MOST_SNAPSHOT_DEATHS, Publisher
 from holdfast.runs.run import Run
 from holdfast.store import DiskFull, Manifest, NameKey
@@ -212,6 +212,81 @@ def test_an_effect_ahead_of_its_row_is_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Run, "_accept_late", accept_late)
     with pytest.raises((AssertionError, RunError)):
         test_a_late_request_has_no_effect_before_it_is_durable()
+
+
+def fail_a_deadly_one_while(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Run], Awaitable[None]]
+) -> None:
+    """Something happens while an operation's last death is being counted; 1 has been skipped."""
+    world, (run,) = clients._world, clients.all
+    clients.all_end()
+    beside: list[asyncio.Future[None]] = []
+
+    async def count(run: Run, entry: Entry) -> journal.Failure | None:
+        if entry.attempts == MOST_DEATHS - 1:
+            beside.append(asyncio.ensure_future(meanwhile(run)))
+        return await count_death(run, entry)
+
+    monkeypatch.setattr("holdfast.runs.driver.count_death", count)
+    clients._submit(run, FORWARD_BACKWARD, batch(1, kills=True), seq=2)
+    world.let(60.0)
+    clients._do(lambda: beside[0])
+
+
+@pytest.fixture
+def elixir() -> Iterator[Clients]:
+    """As `clients`, whose numbers are given up after a few seconds."""
+    clients = Clients()
+    clients.begin(seed=1, client="elixir")
+    yield clients
+    clients.close()
+
+
+@pytest.mark.parametrize("kind", [FORWARD_BACKWARD, OPTIM_STEP])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_late_request_beside_an_operation_that_kills_its_worker_ends_no_run(
+    elixir: Clients, monkeypatch: pytest.MonkeyPatch, refused: bool, kind: str
+) -> None:
+    clients = elixir
+    body = batch(7) if kind == FORWARD_BACKWARD else steps().encode()
+
+    async def come_late(run: Run) -> None:
+        if refused:
+            await run.refuse(1, kind, journal.Failure("invalid_datum", "it is no good"))
+        else:
+            await run.submit(1, kind, body)
+
+    fail_a_deadly_one_while(clients, monkeypatch, come_late)
+    (run,) = clients.all
+    run.interpret(1, clients._now)  # it was skipped
+    late = Op(1, kind, body, request_id=clients._request_id(run, 1))
+    late.fate, late.refusal = ("refused", "invalid_datum") if refused else ("late", "arrived_late")
+    clients._enter(run, late, clients._now)
+    clients._submit(run, FORWARD_BACKWARD, batch(2))
+    clients._submit(run, OPTIM_STEP, steps())
+    check_all(clients)
+    clients.kill()
+    check_all(clients)
+    assert run.ops[2].seen is not None and run.ops[2].seen.failure is not None
+    assert run.ops[2].seen.failure.code == "operation_kills_worker"
+
+
+def test_an_operation_that_kills_its_worker_is_no_history_of_a_run_that_ended_meanwhile(
+    elixir: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = elixir
+
+    async def end(run: Run) -> None:
+        run.broke("a test", ValueError("a test"))
+
+    fail_a_deadly_one_while(clients, monkeypatch, end)
+    (run,) = clients.all
+    outcome, _ = clients._poll(run.ops[2], 30.0)
+    assert outcome is not None and outcome.failure is not None
+    assert outcome.failure.code == journal.DEFECT
+    clients._world.let(60.0)
+    assert run.id not in clients._world.runs._live
+    assert list(clients._world.store.names()) == [], "a state was kept that nobody was told of"
 
 
 # --- Damage ---------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ class Driver:
             if not creating and not await self._recovery.attach():
                 return  # rewound: something else comes up now
             await self._recovery.apply_late_marks()
-            if order.held:
+            if order.held or run.ended is not None:
                 return
             replayed = entry.state.settled
             order.begin(entry.seq)
@@ -432,10 +432,13 @@ class Driver:
             return
         if entry.state is not State.RUNNING:
             return  # it died at a mark, before the operation
-        run.order.again(entry.seq)
+        # Under way until that is counted: what comes late meanwhile takes effect after it.
         failure = await count_death(run, entry)
-        if failure is not None:
-            run.order.begin(entry.seq)
+        if run.ended is not None:
+            return  # meanwhile, and this operation failed with it
+        if failure is None:
+            run.order.again(entry.seq)
+        else:
             self._fail(entry, failure)
 
     # --- What an operation does, the first time and in a replay ------------------------------
