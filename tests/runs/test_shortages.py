@@ -426,6 +426,31 @@ def test_a_save_replaces_a_checkpoint_that_is_damaged(clients: Clients) -> None:
     check_all(clients)
 
 
+@pytest.mark.parametrize("seconds", [100.0, 3 * 3600.0])
+def test_an_idle_state_that_the_disk_had_no_room_for_is_kept_once_it_has(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """And then leaves the worker's memory, which it could not before."""
+    monkeypatch.setattr(Publisher, "due", False)
+    world, (run,) = clients._world, clients.all
+    train(clients, 1)
+    clients.all_end()
+    world.full_until = world.clock.now + seconds
+    while world.clock.now < world.full_until:
+        clients._beat()
+        world.let(min(600.0, world.full_until - world.clock.now))
+    standing = world.runs._live[run.id].driver.standing
+    assert (points(clients)[0][0], standing) == (0, "idle")
+    for _ in range(2):
+        clients._beat()
+        world.let(600.0)
+    standing = world.runs._live[run.id].driver.standing
+    assert (points(clients)[0][0], standing) == (2, "evicted")
+    tried = [e for e in clients.events if e["event"] == "no snapshot"]
+    assert len(tried) < 10 + seconds / 600.0
+    check_all(clients)
+
+
 # --- Bad sectors ----------------------------------------------------------------------------
 
 

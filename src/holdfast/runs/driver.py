@@ -27,7 +27,9 @@ from holdfast.store import Manifest
 from holdfast.store.retries import pauses
 
 IDLE_BEFORE_SNAPSHOT = 10.0
-"""Seconds without an operation after which what was done since the last snapshot is kept."""
+"""Seconds without an operation after which what was done since the last snapshot is kept, ..."""
+_LONGEST_BEFORE_SNAPSHOT = 600.0
+"""... or kept again where that failed, after pauses that grow to this."""
 IDLE_BEFORE_EVICTION = 300.0
 """Seconds without an operation after which a run leaves the worker's memory."""
 Standing = Literal["live", "idle", "evicted", "recovering"]
@@ -54,6 +56,7 @@ class Driver:
         self._publisher = Publisher(run, self._placement, samplers)
         self._recovery = Recovery(run, self._placement, self._publisher, self)
         self._stalled_since: float | None = None
+        self._keeps_after = IDLE_BEFORE_SNAPSHOT
 
     def _asked_to_leave(self) -> None:
         """Others need the worker's memory, or it is recycled. A run that computes may stay."""
@@ -92,6 +95,8 @@ class Driver:
         if due is not None and self._leaving:
             self._leaving = False
             self._placement.stays()
+        if due is not None:
+            self._keeps_after = IDLE_BEFORE_SNAPSHOT
         # A save that was copied but not published when its worker died is taken again.
         if not self._placement.held and order.any_unsettled_below(order.position + 1):
             await self._attach_alone()
@@ -215,18 +220,19 @@ class Driver:
                 self._placement.stays()
             except (WorkerDied, EngineError):
                 self._placement.lost()
-        for seconds, then in (
-            (IDLE_BEFORE_SNAPSHOT, self._keep),
-            (IDLE_BEFORE_EVICTION - IDLE_BEFORE_SNAPSHOT, self._evict),
-        ):
-            if not self._placement.held:
-                break
+        while self._placement.held:
+            behind = self._publisher.behind
             with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(self._keeps_after if behind else IDLE_BEFORE_EVICTION):
                     await run.wake.wait()
                 return
             try:
-                await then()
+                if not behind:
+                    await self._evict()
+                    continue
+                self._keeps_after = min(2 * self._keeps_after, _LONGEST_BEFORE_SNAPSHOT)
+                if not self._publisher.publishing:
+                    await self._keep()
             except (WorkerDied, EngineError):
                 self._placement.lost()
         await run.wake.wait()

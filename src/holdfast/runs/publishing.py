@@ -104,11 +104,14 @@ class Publisher:
             await asyncio.wait([self._tail])
 
     @property
+    def publishing(self) -> bool:
+        """Whether something that was copied is not published yet."""
+        return self._tail is not None and not self._tail.done()
+
+    @property
     def due(self) -> bool:
         """Whether it is time for a snapshot."""
-        if self._tail is not None and not self._tail.done():
-            return False
-        if not self.allowed:
+        if self.publishing or not self.allowed:
             return False
         return self.computed >= min(REPLAY_BOUND, self._cost / SNAPSHOT_SHARE)
 
