@@ -19,6 +19,7 @@ from holdfast.runs.bodies import CreateFromState, Save
 from holdfast.runs.driver import Driver
 from holdfast.runs.errors import RunError
 from holdfast.runs.journal import Failure, Outcome, RunKey
+from holdfast.runs.last_state import NOT_STORED
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.run import Run
 from holdfast.runs.service import RunRecord
@@ -363,6 +364,83 @@ def test_a_last_state_that_the_store_does_not_take_is_kept_once_it_does(
 
 def full(*_: Any) -> str:
     raise Unavailable("No space left on device")
+
+
+def end_after_a_snapshot(clients: Clients) -> None:
+    """A session, whose run was trained since its newest snapshot."""
+    run, world = clients.all[0], clients._world
+    train(clients)
+    world.let(15.0)
+    train(clients, 1)
+    run.ending = "session_ended"
+    session = clients.sessions.pop()
+    clients._do(lambda: world.runs.end_session(session.id, "success"))
+
+
+def detail_of(clients: Clients) -> str:
+    record = clients._do(lambda: clients._world.runs.record(clients.all[0].id, OWNER))
+    statuses = clients._do(lambda: clients._world.runs.statuses([record]))
+    note = statuses[record.key].note
+    assert isinstance(note, str)
+    return note
+
+
+@pytest.mark.parametrize("what", ["blobs", "manifests"])
+def test_a_last_state_is_no_older_one_because_the_storage_took_nothing_for_an_hour(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    world = clients._world
+    monkeypatch.setattr(Publisher, "due", False)
+    step = "put_blob" if what == "blobs" else "publish"
+    honest, ended = getattr(LocalStore, step), []
+
+    def take(*args: Any) -> Any:
+        if not clients.sessions:
+            ended.append(world.clock.now)
+            if world.clock.now < ended[0] + 3600.0:
+                full()
+        return honest(*args)
+
+    monkeypatch.setattr(LocalStore, step, take)
+    end_after_a_snapshot(clients)
+    world.let(3600.0)
+    assert last_states(clients) == []
+    assert state_of(clients) == "live"
+    world.let(200.0)
+    assert last_states(clients) == [8]
+    assert state_of(clients) == "unloaded"
+    assert "last state" not in detail_of(clients)
+    clients._check_checkpoints()
+
+
+def test_whatever_the_storage_takes_nothing_for_is_waited_for() -> None:
+    kinds: list[type[Unavailable]] = [Unavailable, *Unavailable.__subclasses__()]
+    assert {kind.code for kind in kinds} <= NOT_STORED
+
+
+def test_a_last_state_that_can_only_be_an_older_one_is_said_to_be_so(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is never room for its blobs again, as there is for the name of a snapshot."""
+    world = clients._world
+    monkeypatch.setattr(Publisher, "due", False)
+    honest = LocalStore.put_blob
+    monkeypatch.setattr(
+        LocalStore,
+        "put_blob",
+        lambda *args: honest(*args) if clients.sessions else full(),
+    )
+    monkeypatch.setattr("holdfast.runs.driver.LAST_STATE_STORED_WITHIN", 3600.0)
+    end_after_a_snapshot(clients)
+    world.let(3000.0)
+    assert last_states(clients) == []
+    world.let(1200.0)
+    assert last_states(clients) == [6]
+    assert state_of(clients) == "unloaded"
+    found = detail_of(clients)
+    assert (
+        "its last state is that of position 6" in found and "2 later operations, up to 8" in found
+    )
 
 
 def test_a_run_without_an_intact_snapshot_keeps_what_can_be_repaired(clients: Clients) -> None:

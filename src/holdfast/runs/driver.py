@@ -15,6 +15,7 @@ from holdfast.runs.bodies import Create, CreateFromState, Load, OptimStep
 from holdfast.runs.engines import NotLoaded, StateGone
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure, Outcome
+from holdfast.runs.last_state import NOT_STORED
 from holdfast.runs.order import Entry, Gap, State
 from holdfast.runs.placement import Placement
 from holdfast.runs.poison import EndsServer, count_death, executing, is_last, left
@@ -38,7 +39,10 @@ Standing = Literal["live", "idle", "evicted", "recovering"]
 MOST_STALLED = 600.0
 """Seconds for which operations wait for a recovery that cannot go on, until they fail."""
 LAST_STATE_WAITED_FOR = 120.0
-"""Seconds for which a run that has ended tries to bring its state back, to keep it."""
+"""Seconds for which a run that has ended tries to bring its state back, to keep it ..."""
+LAST_STATE_STORED_WITHIN = 24 * 3600.0
+"""... and for which it tries to keep it while the storage takes nothing: nor could its newest
+snapshot be kept then, and that may be older."""
 _GAP_WATCHED_EVERY = 1.0
 _LEAVING_PAUSE = 1.0
 _BASE_MODEL_PAUSE = 5.0
@@ -143,12 +147,14 @@ class Driver:
     async def keep_last_state(self, expires: float) -> bool:
         """Keep the state of a run that has ended as a checkpoint, if it was trained at all.
 
-        False when a worker could not be given the state: its snapshots are what there is.
+        False when a worker could not be given the state: its snapshots are what there is. So they
+        are after an EngineError or RunError.
         """
         run, order = self._run, self._run.order
         if order.reached < 1:
             return True
         again, attempts = pauses(_BASE_MODEL_PAUSE, within=LAST_STATE_WAITED_FOR), 0
+        until_stored = pauses(_BASE_MODEL_PAUSE, 60.0, within=LAST_STATE_STORED_WITHIN)
         while attempts < _MOST_ATTEMPTS:
             try:
                 if await self._catch_up():
@@ -159,12 +165,15 @@ class Driver:
             except WorkerDied:
                 self._placement.lost()
                 attempts += 1
-            except EngineError as error:
-                pause = next(again, None)
-                if pause is None:
+            except (EngineError, RunError) as error:
+                is_storage = error.code in NOT_STORED
+                pause = next(until_stored if is_storage else again, None)
+                if pause is None or (isinstance(error, RunError) and not is_storage):
                     raise
-                run.log.warning("no worker gives the last state yet", error=error.message)
+                run.log.warning("the last state cannot be kept yet", error=error.message)
                 await asyncio.sleep(pause)
+                if is_storage:  # meanwhile no worker was waited for
+                    again = pauses(_BASE_MODEL_PAUSE, within=LAST_STATE_WAITED_FOR)
         return False
 
     async def _catch_up(self) -> bool:

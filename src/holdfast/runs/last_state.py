@@ -7,21 +7,33 @@ import dataclasses
 import time
 
 from holdfast.catalog import CatalogUnavailable
-from holdfast.runs import journal
+from holdfast.runs import bodies, journal
 from holdfast.runs.errors import RunError
 from holdfast.runs.run import Run
 from holdfast.store.retries import pauses
 
+NOT_STORED = frozenset(
+    {
+        "storage_unavailable",
+        "disk_full",
+        "read_only",
+        "no_access",
+        "io_failed",
+        "catalog_unavailable",
+    }
+)
+"""Failures of the storage or the catalog, after which the same may be stored later."""
 
-async def keep_recovery_point(run: Run, expires: float) -> bool:
-    """Publish the newest intact snapshot of an ended run as its `auto.SEQ`.
 
-    False when there is none, True also when nothing was done with the run. Tried again for as long
-    as store and catalog are not available; until it has succeeded, the run's row does not say that
-    it has ended, so that a restart tries it, too.
+async def keep_recovery_point(run: Run, expires: float) -> int | None:
+    """Publish the newest intact snapshot of an ended run as its `auto.SEQ`; its position.
+
+    None when there is none; where nothing was done with the run, none is needed. Tried again for as
+    long as store and catalog are not available; until it has succeeded, the run's row does not say
+    that it has ended, so that a restart tries it, too.
     """
     if run.order.reached < 1:
-        return True
+        return run.order.reached
     again = pauses(1.0, 60.0)
     while True:
         try:
@@ -29,12 +41,24 @@ async def keep_recovery_point(run: Run, expires: float) -> bool:
         except (RunError, CatalogUnavailable) as error:
             if isinstance(error, RunError) and error.reason != "unavailable":
                 run.log.error("the last state is not kept", error=error.message)
-                return False
+                return None
             run.log.warning("the last state is not kept yet", error=str(error))
         await asyncio.sleep(next(again))
 
 
-async def _keep(run: Run, expires: float) -> bool:
+def what_it_lacks(run: Run, position: int) -> str:
+    """To be told of an ended run whose last state is that of a position; "" if it is whole."""
+    changes = [e for e in run.order.done_after(position) if e.kind in bodies.CHANGES_STATE]
+    if not changes:
+        return ""
+    return (
+        f"; its last state is that of position {position}, a snapshot's: {len(changes)} later "
+        f"operations, up to {changes[-1].seq}, were done and are not in it, since no worker or "
+        "storage could be had to keep what they led to"
+    )
+
+
+async def _keep(run: Run, expires: float) -> int | None:
     checkpoints = run.services.checkpoints
     points = await run.services.catalog.read(lambda c: journal.recovery_points(c, run.key))
     for seq, manifest_id in points:
@@ -50,5 +74,5 @@ async def _keep(run: Run, expires: float) -> bool:
         )
         await checkpoints.publish(last, replace=True)
         run.log.warning("its newest snapshot is the run's last state", position=seq)
-        return True
-    return False
+        return seq
+    return None

@@ -157,6 +157,11 @@ class Order:
         """Accepted and running entries, in order."""
         return [self._entries[seq] for seq in sorted(self._unsettled)]
 
+    def done_after(self, position: int) -> list[Entry]:
+        """Those that are done after a position to which it can be rewound, in order."""
+        done = (e for e in self._entries.values() if e.state is State.DONE and e.seq > position)
+        return sorted(done, key=lambda entry: entry.seq)
+
     def is_too_far(self, seq: int) -> bool:
         """Whether a number is so high that it must be a mistake."""
         return seq > self._highest + MOST_AHEAD

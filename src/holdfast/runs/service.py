@@ -582,14 +582,16 @@ class Runs:
         if not await run.finish(reason):
             return False
         assert run.ended is not None
-        state = _STATES.get(reason.code, "lost")
+        state, lacks = _STATES.get(reason.code, "lost"), ""
         if state == "unloaded" or run.broken:
-            state = "unloaded" if await self._keep_last_state(live) else "lost"
+            kept = await self._keep_last_state(live)
+            state = "lost" if kept is None else "unloaded"
+            lacks = "" if kept is None else last_state.what_it_lacks(run, kept)
         await driver.drop()
         ended, now = run.ended, self._clock.now()
         values = {
             "state": state,
-            "state_detail": ended.message,
+            "state_detail": ended.message + lacks,
             "corrupted": driver.diverged or ended.code == "replay_diverged",
         }
 
@@ -609,19 +611,21 @@ class Runs:
             await self.checkpoints.discard([manifest for _, manifest in points])
         return True
 
-    async def _keep_last_state(self, live: _Live) -> bool:
+    async def _keep_last_state(self, live: _Live) -> int | None:
         """Keep the state of a run that has ended: as a worker gives it, or its newest snapshot.
 
-        False when neither can be had.
+        The position that it is of; None when neither can be had.
         """
         run, driver = live.run, live.driver
         expires = time.time() + self.lifetimes.last_state
         try:
             if await driver.keep_last_state(expires):
-                return True
+                return run.order.reached
         except Exception as error:
             run.log.warning("no worker gives the last state", error=str(error))
-        return not driver.diverged and await last_state.keep_recovery_point(run, expires)
+        if driver.diverged:
+            return None
+        return await last_state.keep_recovery_point(run, expires)
 
     async def _housekeeping(self) -> None:
         keep = partial(journal.keep_what_was_read, now=self._clock.now())
