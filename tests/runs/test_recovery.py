@@ -1055,6 +1055,26 @@ def test_a_poll_says_how_far_a_recovery_is(
     check_all(clients)
 
 
+def test_the_log_says_now_and_then_how_far_a_recovery_is(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    clients.all_end()
+    clients._world.let(30.0)
+    for x in range(25):
+        train(clients, x)
+    clients.all_end()
+    clients._world.pause = lambda what: 1.0 if what == OPTIM_STEP else 0.001  # type: ignore[method-assign]
+    clients._world.kill_worker()
+    train(clients, 25)
+    clients.all_end()
+    told = [e for e in clients.events if e["event"] == "recovering"]
+    assert [e["of"] for e in told] == [50] * len(told)
+    assert 3 <= len(told) <= 5
+    done = [e["done"] for e in told]
+    assert done == sorted(set(done)) and done[0] > 0 and done[-1] < 50
+
+
 def test_compute_is_counted_without_the_wait_for_the_turn(
     clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,8 @@ _PAUSE = 5.0
 _LONGEST_PAUSE = 300.0
 _SEARCH_TAKES = 600.0
 """Seconds for which who waits for a run that cannot be rebuilt waits for what it can go on from."""
+_TOLD_EVERY = 5.0
+"""Seconds after which the log says again how far a recovery is."""
 
 CLEARING = frozenset({"incomplete_gradients", "gradient_not_finite"})
 """Failures of an optim_step that clear the gradients, hence change the state."""
@@ -85,6 +87,7 @@ class Recovery:
         """The state is being brought back."""
         self.evicted = False
         """The run left the worker's memory of its own accord: its return is no recovery."""
+        self._told = 0.0
         self._replayed = 0
         self._differing: list[int] = []
         self._computed_under: list[dict[str, Any] | None] = []
@@ -165,6 +168,7 @@ class Recovery:
         if self.under_way:
             return
         self.under_way = True
+        self._told = time.monotonic()
         self._from, self._to = -1, self._run.order.reached
         self._replayed, self._differing = 0, []
         self._computed_under = [None]
@@ -175,6 +179,7 @@ class Recovery:
         self._publisher.snapshot_at = self._publisher.changed_at = seq
         self._placement.put(host, life)
         run.log.info("restored", position=seq, to=self._to)
+        self._told = time.monotonic()
         self._from = seq
         self._replayed, self._differing = 0, []
         self._unreadable_since = None
@@ -207,6 +212,9 @@ class Recovery:
         record = await run.read_patiently(lambda c: journal.record(c, run.key, entry.seq))
         done, all_ = entry.seq - self._from - 1, self._to - self._from
         run.note = f"recovering, {done} of {all_} operations"
+        if (now := time.monotonic()) - self._told >= _TOLD_EVERY:
+            self._told = now
+            run.log.info("recovering", done=done, of=all_)
         if entry.state is State.FAILED:
             await self._redo_failure(entry, record)
             return
