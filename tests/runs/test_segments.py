@@ -242,6 +242,31 @@ def test_what_is_left_in_a_segment_does_not_keep_all_of_it(
     catalog.close()
 
 
+def test_what_is_damaged_in_one_segment_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "FULL", 10 * LARGE)
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    files = Segments(tmp_path / "segments")
+    with catalog._engine.begin() as connection:
+        add_run(connection)
+        for seq in range(20):
+            add(connection, files, seq, BIG + b"%d" % seq)
+        files.sync()
+        ends = [seq for seq in range(20) if seq % 10 != 9]
+        contents.remove(connection, [Address(KEY.id, 0, seq) for seq in ends], "body")
+    first, second = files.closed()  # in the order in which they are looked at
+    for row in catalog.read_now(lambda c: c.execute(sa.select(rows)).all()):
+        if row.segment == first:
+            path = tmp_path / "segments" / first
+            honest = path.read_bytes()
+            path.write_bytes(honest[: row.start + 40] + b"?" + honest[row.start + 41 :])
+    assert remove_unreferenced(catalog, files) == []
+    assert remove_unreferenced(catalog, files) == [second]
+    files.close()
+    catalog.close()
+
+
 def test_a_reader_finds_what_was_moved_while_it_looked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

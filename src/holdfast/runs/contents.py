@@ -109,14 +109,17 @@ def unreferenced(connection: Connection, segments: Segments) -> list[str]:
     ):
         kept[segment] = size
     for name, size in closed.items():
-        if 0 < kept[name] * SPARSE < size:
-            _move(connection, segments, name)
+        if 0 < kept[name] * SPARSE < size and _move(connection, segments, name):
             break
     return [name for name in closed if not kept[name]]
 
 
-def _move(connection: Connection, segments: Segments, name: str) -> None:
-    """Copy what is referred to in a segment to the one that is written now."""
+def _move(connection: Connection, segments: Segments, name: str) -> bool:
+    """Copy what is referred to in a segment to the one that is written now.
+
+    Whether there was anything: what is damaged stays where it is.
+    """
+    moved = False
     for row in connection.execute(sa.select(contents).where(contents.c.segment == name)).all():
         try:
             data = segments.read(Place(name, row.start), row.size)
@@ -127,6 +130,8 @@ def _move(connection: Connection, segments: Segments, name: str) -> None:
             contents.update().where(_THIS).values(segment=place.segment, start=place.start),
             _this(Address(row.run_id, row.generation, row.seq), row.part),
         )
+        moved = True
+    return moved
 
 
 def _this(address: Address, part: Part) -> dict[str, Any]:
