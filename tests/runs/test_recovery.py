@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from holdfast.catalog.tables import contents, operations, snapshots
+from holdfast.catalog.tables import contents, operations, samplers, snapshots
 from holdfast.engine.interface import ADAPTER_WEIGHTS, EngineError
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
@@ -345,6 +345,30 @@ def test_a_damaged_snapshot_does_not_displace_an_intact_one(
     damage(clients, manifest_id)
     clients.kill()
     train(clients, 5)
+    check_all(clients)
+
+
+@pytest.mark.parametrize("referred_to", [False, True])
+def test_a_damaged_snapshot_is_let_go_unless_something_else_refers_to_it(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, referred_to: bool
+) -> None:
+    monkeypatch.setattr(Publisher, "due", False)
+    for x in range(3):
+        train(clients, x)
+        clients.all_end()
+        clients._world.let(30.0)  # idle: a snapshot
+    (_, newest), (_, older) = points(clients)
+    damage(clients, newest)
+    if referred_to:
+        row = {"id": "s", "session_id": "s", "owner": OWNER, "base_model": NAME, "created": 1.0}
+        insert = samplers.insert().values(manifest=newest, **row)
+        clients._do(lambda: clients._world.catalog.write(lambda c: c.execute(insert)))
+    clients.kill_the_worker()
+    train(clients, 4)
+    clients.all_end()
+    assert newest not in [manifest_id for _, manifest_id in points(clients)]
+    kept = {id for id, _ in clients._world.store.unnamed()}
+    assert kept == ({older, newest} if referred_to else {older})
     check_all(clients)
 
 

@@ -249,6 +249,11 @@ class Checkpoints:
             await self._call(self.store.discard, manifest_id)
             self._published.discard(manifest_id)
 
+    async def discard_unused(self, manifest_ids: Iterable[str]) -> None:
+        """Let go of those unnamed manifests that no row refers to."""
+        used = await self._catalog.read(_referred_to)
+        await self.discard([id for id in manifest_ids if id not in used])
+
     @_limited
     async def delete(self, key: NameKey, owner: str) -> None:
         """Delete a name: hidden at once, its bytes go with the next sweeps.

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, Protocol
 
+from holdfast.catalog import CatalogUnavailable
 from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load
@@ -148,12 +149,12 @@ class Recovery:
                 continue
             finally:
                 self._computed_under.append(fingerprint)
-            await self._restored(host, life, seq, damaged)
+            await self._restored(host, life, seq, [p for p in points if p[0] in damaged])
             self._placement.takes(manifest.files)
             return False
         if run.order.replays_from_start:
             # Nothing of it is lost as long as every body is there; no state is needed for that.
-            await self._restored(host, life, -1, damaged)
+            await self._restored(host, life, -1, [p for p in points if p[0] in damaged])
             return False
         if unreadable is not None:
             raise _waiting(unreadable)
@@ -173,7 +174,9 @@ class Recovery:
         self._replayed, self._differing = 0, []
         self._computed_under = [None]
 
-    async def _restored(self, host: Host, life: int, seq: int, damaged: Collection[int]) -> None:
+    async def _restored(
+        self, host: Host, life: int, seq: int, damaged: Collection[tuple[int, str]]
+    ) -> None:
         run = self._run
         run.order.rewind(seq)
         self._publisher.snapshot_at = self._publisher.changed_at = seq
@@ -184,7 +187,10 @@ class Recovery:
         self._replayed, self._differing = 0, []
         self._unreadable_since = None
         if damaged:  # or else the next snapshot would take the place of an intact one
-            await run.write_patiently(lambda c: journal.drop_snapshots(c, run.key, damaged))
+            seqs = [seq for seq, _ in damaged]
+            await run.write_patiently(lambda c: journal.drop_snapshots(c, run.key, seqs))
+            with suppress(RunError, CatalogUnavailable):  # the next start finds them
+                await run.services.checkpoints.discard_unused(id for _, id in damaged)
         if seq >= self._to:
             await self._complete()
 
