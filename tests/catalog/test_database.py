@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -267,6 +268,80 @@ async def test_nobody_waits_for_the_write_ahead_log_to_be_moved(
         assert time.monotonic() < deadline, "the log was not moved"
         await asyncio.sleep(0.05)
     catalog.close()
+
+
+async def write_for_a_while(catalog: Catalog, enough: Callable[[], bool]) -> None:
+    """Until the log was to be moved often enough; each write is answered."""
+    written, deadline = 0, time.monotonic() + 20
+    while not enough():
+        assert time.monotonic() < deadline, "the log is moved no more"
+        keys = [add_key(str(written + i)) for i in range(50)]
+        writes = asyncio.gather(*(catalog.write(partial(execute, key)) for key in keys))
+        await asyncio.wait_for(writes, 10)
+        written += len(keys)
+    assert await catalog.read(count) == written
+
+
+@pytest.mark.anyio
+async def test_a_damaged_page_that_is_met_beside_the_writes_ends_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: set[str] = set()
+
+    class Malformed(sqlite3.Connection):
+        def execute(self, statement: str, *args: Any) -> sqlite3.Cursor:
+            if "wal_checkpoint" in statement:
+                met.add(threading.current_thread().name)
+                raise sqlite3.DatabaseError("database disk image is malformed")
+            return super().execute(statement, *args)
+
+    connect = partial(sqlite3.connect, factory=Malformed)
+    monkeypatch.setattr("sqlite3.dbapi2.connect", connect)
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    await write_for_a_while(catalog, lambda: met == {"catalog-writer", "catalog-tidier"})
+    catalog.close()
+
+
+@pytest.mark.anyio
+async def test_a_defect_in_moving_the_log_ends_neither_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[str] = []
+
+    def tidy(*_: Any) -> None:
+        met.append(threading.current_thread().name)
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(SQLite, "tidy", tidy)
+    catalog = Catalog.open_file(tmp_path / "catalog.db")
+    await write_for_a_while(
+        catalog, lambda: min(map(met.count, ("catalog-writer", "catalog-tidier"))) >= 2
+    )
+    catalog.close()
+
+
+WITHOUT_A_WRITER = """
+import asyncio, sys
+from pathlib import Path
+from holdfast.catalog import Catalog
+
+def fail(*_):
+    raise ValueError("a defect")
+
+Catalog._next_batch = fail
+asyncio.run(Catalog.open_file(Path(sys.argv[1])).write(lambda c: None))
+"""
+
+
+def test_a_server_does_not_go_on_without_its_writer(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_WRITER, str(tmp_path / "catalog.db")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == SYNC_FAILED
+    assert "the catalog's writer has ended" in done.stderr and "a defect" in done.stderr
 
 
 def test_durability_settings(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
+
+_log = logging.getLogger("holdfast.catalog")
 
 
 class Beside:
@@ -43,6 +46,8 @@ class Beside:
         while self._calls.get():
             try:
                 self._work()
+            except Exception:  # a defect: it may succeed when it is told to the next time
+                _log.exception("%s met a defect", self._thread.name)
             finally:
                 self._is_done = True
                 self._then()

@@ -69,9 +69,6 @@ class Catalog:
         self._leased = False
         self._connection: sa.Connection | None = None
         self._since_tidied = 0
-        self._tidier: threading.Thread | None = None
-        self._is_tidied = False
-        """Whether that thread has done its part."""
         self._waiting: deque[_Work[Any]] = deque()
         self._taking = threading.Lock()
         """Held while writes leave those that wait: to the writer, or given up."""
@@ -228,8 +225,7 @@ class Catalog:
         if self._thread.is_alive():
             self._calls.put(False)
             self._thread.join()
-        if self._tidier is not None:
-            self._tidier.join()
+        self._tidying.close()
         self._engine.dispose()
 
     def _call_writer(self) -> None:
@@ -238,6 +234,14 @@ class Catalog:
             self._calls.put(True)
 
     def _run(self) -> None:
+        """The writer's thread, which the process does not outlive: nothing more would be stored."""
+        try:
+            self._write_what_comes()
+        except Exception:
+            _log.exception("the catalog's writer met a defect")
+            _end_unsynced("the catalog's writer has ended, and what it was about is not known")
+
+    def _write_what_comes(self) -> None:
         goes_on = True
         while goes_on:
             goes_on = self._next_call()
@@ -267,10 +271,13 @@ class Catalog:
 
     def _next_call(self) -> bool:
         """Wait until something is to be written. Before that have tidied what is due."""
-        if self._tidying.is_done():
-            self._tidy()
-        elif self._since_tidied >= _WRITES_BETWEEN_TIDYING and self._tidying.start():
-            self._since_tidied = 0
+        try:
+            if self._tidying.is_done():
+                self._tidy()
+            elif self._since_tidied >= _WRITES_BETWEEN_TIDYING and self._tidying.start():
+                self._since_tidied = 0
+        except Exception:  # a defect: it is done another time, and no write depends on it
+            _log.exception("the catalog was not tidied")
         return self._calls.get()
 
     def _tidy_beside(self) -> None:

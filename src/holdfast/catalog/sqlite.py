@@ -87,7 +87,7 @@ class SQLite(Backend):
         assert driver is not None
         try:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        except driver.OperationalError as error:
+        except driver.Error as error:  # also that the file is damaged
             if _is_unsynced(error):
                 raise SyncFailed(str(error)) from error
             _log.warning("the catalog's log was not moved into the database: %s", error)
