@@ -202,7 +202,7 @@ def test_growth_of_what_is_sampled_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def no_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "expire", lambda *_args, **_more: 0)
+    monkeypatch.setattr(retention, "expire", lambda *_args, **_more: [])
 
 
 def no_removal(monkeypatch: pytest.MonkeyPatch) -> None:

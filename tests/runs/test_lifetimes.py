@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -11,8 +12,10 @@ from holdfast.catalog.tables import operations
 from holdfast.runs import bodies
 from holdfast.runs.bodies import Save
 from holdfast.runs.driver import IDLE_BEFORE_EVICTION, Driver
+from holdfast.runs.run import Run
 from holdfast.store import NameKey
 
+from .model import Op
 from .test_service import OWNER, Clients, steps
 from .toy import batch
 
@@ -199,3 +202,57 @@ def test_what_came_first_stays_first_when_the_clock_is_set_back(clients: Clients
     outcome = run.ops[run.highest].seen
     assert outcome is not None and outcome.failure is not None
     assert "request 3 " in outcome.failure.message
+
+
+def give_up_a_number(clients: Clients) -> Run:
+    """1, to which no replay goes back."""
+    (run,) = clients.all
+    clients._submit(run, bodies.FORWARD_BACKWARD, batch(1), seq=2)
+    clients.all_end()
+    for _ in range(3):
+        clients._submit(run, bodies.OPTIM_STEP, steps())
+        clients.all_end()
+        clients._world.let(30.0)  # idle: a snapshot
+    live = clients._do(lambda: clients._world.runs.live(run.id, OWNER))
+    assert isinstance(live, Run)
+    assert live.order.was_skipped(1)
+    return live
+
+
+def test_a_number_that_was_given_up_is_forgotten_together_with_its_row(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = give_up_a_number(clients)
+    (run,) = clients.all
+    clients._world.let(900.0)
+    assert live.order.was_skipped(1) and clients._in_journal(run, 1) is not None
+    monkeypatch.setattr("holdfast.runs.retention.SKIPPED_KEPT", 0.0)
+    clients._world.let(60.0)
+    assert not live.order.was_skipped(1) and clients._in_journal(run, 1) is None
+    for again in ("_beat", "kill"):
+        getattr(clients, again)()
+        request = clients._send(run, Op(1, bodies.FORWARD_BACKWARD, batch(9)))
+        outcome, _ = clients._do(partial(clients._world.runs.outcome, request, OWNER, 30.0))
+        assert outcome is not None and outcome.failure is not None
+        assert outcome.failure.code == "result_expired"
+    clients._submit(run, bodies.OPTIM_STEP, steps())
+    clients.all_end()
+    clients._check_logs()
+
+
+def test_a_number_that_comes_while_it_is_forgotten_is_late(clients: Clients) -> None:
+    live = give_up_a_number(clients)
+
+    async def both() -> None:
+        coming = asyncio.create_task(live.submit(1, bodies.FORWARD_BACKWARD, batch(9)))
+        await asyncio.sleep(0)
+        await asyncio.gather(coming, live.forget_skipped([1]))
+
+    clients._do(both)
+    assert not live.order.was_skipped(1)
+    (run,) = clients.all
+    clients._enter(run, Op(1, bodies.FORWARD_BACKWARD, batch(9)), clients._now)
+    clients._submit(run, bodies.OPTIM_STEP, steps())
+    clients.all_end()
+    assert run.ops[run.highest].seen is not None
+    clients._check_logs()

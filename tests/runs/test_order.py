@@ -362,6 +362,29 @@ def test_unsettled_and_skipped_numbers_are_not_forgotten() -> None:
     assert order.classify(2, "forward_backward", "h") is Accept.LATE
 
 
+def test_a_skipped_number_that_the_journal_forgets_is_forgotten() -> None:
+    order = executed("create")
+    order.add(Entry(1, "missing", None, State.SKIPPED))
+    order.passed(1)
+    submit(order, 2)
+    execute(order, 2)
+    order.forget(2)
+    assert order.classify(1, "forward_backward", "h") is Accept.LATE
+    order.forget_skipped([1])
+    assert 1 in order and not order.was_skipped(1)
+    assert order.classify(1, "forward_backward", "h") is Accept.FORGOTTEN
+
+
+def test_a_skipped_number_that_came_late_is_not_forgotten_as_skipped() -> None:
+    order = executed("create")
+    order.add(Entry(1, "missing", None, State.SKIPPED))
+    order.passed(1)
+    order.forget(1)
+    come_late(order, 1)
+    order.forget_skipped([1])
+    assert order.classify(1, "forward_backward", "h") is Accept.DUPLICATE
+
+
 def test_what_an_order_cannot_rewind_to_is_a_defect() -> None:
     order = executed("create", "optim_step", "optim_step")
     order.forget(1)
@@ -383,7 +406,7 @@ class Orders(RuleBasedStateMachine):
         super().__init__()
         self.order = Order()
         self.known: dict[int, str] = {}
-        """accepted, done, failed, skipped or late, by number"""
+        """accepted, done, failed, skipped, late or gone, by number"""
         self.effects: list[int] = []
         self.longest: list[int] = []
         self.saving: set[int] = set()
@@ -512,6 +535,14 @@ class Orders(RuleBasedStateMachine):
             self.order.forget(position)
             self.floor = position
 
+    @rule(which=st.integers(0, 20))
+    def remove_a_skipped_row(self, which: int) -> None:
+        gone = [n for n, what in self.known.items() if what == "skipped" and n <= self.floor]
+        if gone:
+            seq = gone[which % len(gone)]
+            self.order.forget_skipped([seq])
+            self.known[seq] = "gone"
+
     @rule()
     def restart(self) -> None:
         """Build another order from what a journal has, as a killed server's successor does."""
@@ -555,7 +586,7 @@ class Orders(RuleBasedStateMachine):
     def every_number_took_effect_once_and_in_order(self) -> None:
         assert self.effects == list(range(len(self.effects)))
         assert self.order.position == len(self.effects) - 1
-        settled = ("done", "failed", "skipped", "late")
+        settled = ("done", "failed", "skipped", "late", "gone")
         assert all(self.known[n] in settled or n in self.saving for n in self.effects)
 
     def teardown(self) -> None:

@@ -107,6 +107,25 @@ def test_a_run_keeps_so_many_bytes_of_results_that_were_read(
         assert outcome_of_5 is not None and outcome_of_5.failure is not None
 
 
+def test_skipped_numbers_are_kept_for_a_day_and_those_that_go_are_told(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    segments = Segments(tmp_path / "segments")
+    with catalog._engine.begin() as connection:
+        add_run(connection, segments, state="live", seqs=0)
+        for seq in range(21):
+            skipped = State.SKIPPED if seq % 5 == 1 else State.FAILED
+            entry = Entry(seq, "missing", None, skipped)
+            journal.add(connection, segments, KEY, entry, now=1.0)
+            if seq % 5 == 0:
+                journal.add_snapshot(connection, KEY, seq, f"{seq:064x}", now=3.0)
+        assert retention.expire(connection, read_before=retention.SKIPPED_KEPT) == []
+        assert kept(connection)[0] == 5 + 3  # behind the recovery point at 15, the skipped ones
+        gone = retention.expire(connection, read_before=retention.SKIPPED_KEPT + 2.0)
+        assert sorted(gone) == [(KEY.id, 0, seq) for seq in (1, 6, 11)]
+        assert kept(connection)[0] == 5
+
+
 def scans(catalog: Catalog, work: Callable[[sa.Connection], object]) -> list[str]:
     """How the statements of `work` look for operations other than by an index's key."""
     plans: list[str] = []

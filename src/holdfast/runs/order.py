@@ -108,6 +108,8 @@ class Order:
         self._reached = position
         self._floor = floor
         self._entries: dict[int, Entry] = {}
+        self._skipped: set[int] = set()
+        """Numbers up to the floor that were skipped, and whose requests may still come."""
         self._unsettled: set[int] = set()
         self._unsettled_bytes = 0
         self._by_number: list[int] = []
@@ -185,16 +187,18 @@ class Order:
 
     def classify(self, seq: int, kind: str, body_hash: str) -> Accept:
         """What a submission is; changes nothing."""
+        if self.was_skipped(seq):
+            return Accept.LATE
         known = self._entries.get(seq)
         if known is None:
             return Accept.FORGOTTEN if seq <= self._floor else Accept.NEW
-        if known.state is State.SKIPPED:
-            return Accept.LATE
         same = known.body_hash == body_hash and known.kind == kind
         return Accept.DUPLICATE if same else Accept.CONFLICT
 
     def was_skipped(self, seq: int) -> bool:
         """Whether a number was given up and has not come since."""
+        if seq in self._skipped:
+            return True
         return seq in self._entries and self._entries[seq].state is State.SKIPPED
 
     def add(self, entry: Entry) -> None:
@@ -205,7 +209,10 @@ class Order:
         assert entry.seq not in self._entries
         if entry.state is State.RUNNING:
             entry.state = State.ACCEPTED
-        self._entries[entry.seq] = entry
+        if entry.state is State.SKIPPED and entry.seq <= self._floor:
+            self._skipped.add(entry.seq)
+        else:
+            self._entries[entry.seq] = entry
         if not entry.state.settled:
             self._unsettled.add(entry.seq)
             self._unsettled_bytes += entry.size
@@ -263,6 +270,7 @@ class Order:
     def arrived_late(self, seq: int, kind: str, body_hash: str | None) -> None:
         """Settle a skipped number's late request, which is journaled, as failed."""
         assert self.was_skipped(seq)
+        self._skipped.discard(seq)
         self._entries[seq] = Entry(seq, kind, body_hash, State.FAILED, late=True)
 
     def add_late_mark(self, seq: int, position: int) -> None:
@@ -338,15 +346,20 @@ class Order:
     def forget(self, position: int) -> None:
         """Numbers up to `position` will not be replayed any more.
 
-        Those that were skipped stay: their requests may still come.
+        Those that were skipped are still known as such, until `forget_skipped`: their requests may
+        still come.
         """
         assert position <= self.position
         self._floor = max(self._floor, position)
-        kept = (State.ACCEPTED, State.RUNNING, State.SKIPPED)
-        for seq in [s for s, e in self._entries.items() if s <= position and e.state not in kept]:
-            del self._entries[seq]
+        for seq in [s for s, e in self._entries.items() if s <= position and e.state.settled]:
+            if self._entries.pop(seq).state is State.SKIPPED:
+                self._skipped.add(seq)
         for at in [p for p in self._late_marks if p < position]:
             del self._late_marks[at]
+
+    def forget_skipped(self, seqs: Iterable[int]) -> None:
+        """The journal knows these skipped numbers no more: nobody sends them any more."""
+        self._skipped.difference_update(seqs)
 
     def _lease(self) -> float:
         if self.position < self.refused_to:

@@ -58,19 +58,25 @@ _OF_ENDED = sa.exists().where(
     & (runs.c.state.not_in(("live", "lost")))
 )
 _REMOVE_READ = operations.delete().where((operations.c.read < _BEFORE) & (_BEHIND | _OF_ENDED))
-_REMOVE_NEVER_SHOWN = operations.delete().where(
-    operations.c.body_hash.is_(None)
-    & (operations.c.settled < _BEFORE)
-    & (
-        (operations.c.state != State.SKIPPED.value)
-        | (operations.c.settled < sa.bindparam("skipped_before"))
+_REMOVE_NEVER_SHOWN = (
+    operations.delete()
+    .where(
+        operations.c.body_hash.is_(None)
+        & (operations.c.settled < _BEFORE)
+        & (
+            (operations.c.state != State.SKIPPED.value)
+            | (operations.c.settled < sa.bindparam("skipped_before"))
+        )
+        & (_BEHIND | _OF_ENDED)
     )
-    & (_BEHIND | _OF_ENDED)
+    .returning(*_ADDRESS, operations.c.state)
 )
 
 
-def expire(connection: Connection, *, read_before: float, read_size: int = MOST_READ) -> int:
-    """Remove what nobody needs any more; how many results and rows there were.
+def expire(
+    connection: Connection, *, read_before: float, read_size: int = MOST_READ
+) -> list[Address]:
+    """Remove what nobody needs any more; the skipped numbers of which nothing is known from now on.
 
     Results that were handed out before that time of the `ServingClock` go, and the oldest of those
     that take more than `read_size` bytes of one run. So do whole rows, once no replay goes back to
@@ -90,7 +96,7 @@ def expire(connection: Connection, *, read_before: float, read_size: int = MOST_
         connection.execute(
             _FORGET_RESULT, [{"run": r, "life": g, "number": n} for r, g, n in results]
         )
-    read = connection.execute(_REMOVE_READ, before)
+    connection.execute(_REMOVE_READ, before)
     skipped_before = {"skipped_before": read_before - SKIPPED_KEPT}
-    never_shown = connection.execute(_REMOVE_NEVER_SHOWN, {**before, **skipped_before})
-    return len(results) + read.rowcount + never_shown.rowcount
+    never_shown = connection.execute(_REMOVE_NEVER_SHOWN, {**before, **skipped_before}).all()
+    return [Address(*at) for *at, state in never_shown if state == State.SKIPPED.value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -514,6 +514,11 @@ class Run:
             await self._journal(entry)
             self.log.warning("number skipped: it never came", seq=seq)
             self.order.add(entry)
+
+    async def forget_skipped(self, seqs: Iterable[int]) -> None:
+        """The journal has removed these skipped numbers: their requests come no more."""
+        async with self._submitting:  # unless one does at this moment
+            self.order.forget_skipped(seqs)
 
     # --- Life --------------------------------------------------------------------------------
 

@@ -650,7 +650,13 @@ class Runs:
     async def _tidy(self) -> None:
         """Remove what nobody needs any more from the journal."""
         before = self._clock.now() - self.lifetimes.results_after_read
-        await self.catalog.write(partial(retention.expire, read_before=before))
+        skipped: dict[RunKey, list[int]] = {}
+        for gone in await self.catalog.write(partial(retention.expire, read_before=before)):
+            skipped.setdefault(RunKey(gone.run_id, gone.generation), []).append(gone.seq)
+        for key, seqs in skipped.items():
+            run = self._run_of(key)
+            if run is not None:
+                await run.forget_skipped(seqs)
         await self._remove_segments()
 
     async def _remove_segments(self) -> None:
