@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from holdfast import CheckpointSchedule, Resumed, TrainingClient
-from holdfast.client.schedule import NAME_KEY, STEP_KEY
+from holdfast import CheckpointSchedule, Resumed, ServiceClient, TrainingClient
+from holdfast.client.schedule import NAME_KEY, STEP_KEY, _find
 from holdfast.errors import ConflictError, ResultLostError
 from holdfast.protocol.errors import failed_future_body
 from tests.client.scripted import Reply, Request, ScriptedServer, status
@@ -128,3 +128,40 @@ def test_a_name_that_was_taken_before_the_first_try_stays_a_conflict(
     assert saving is not None
     assert saving.result(10) is None
     assert isinstance(schedule.error, ConflictError)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        # The clock was set back before step 3.
+        ([("A", 1, "10:00"), ("A", 2, "11:00"), ("A", 3, "09:00")], [1, 2, 3]),
+        # B was resumed from an older step of A, after A had gone on: it is what came last.
+        (
+            [("B", 2, "12:00"), ("A", 3, "11:00"), ("A", 1, "10:00"), ("B", 1, "11:30")],
+            [1, 3, 1, 2],
+        ),
+        ([("A", 10, "10:00"), ("A", 9, "09:00")], [9, 10]),
+    ],
+)
+def test_what_a_run_saved_is_in_the_order_of_its_steps(
+    scripted: ScriptedServer,
+    client: ServiceClient,
+    made: list[tuple[str, int, str]],
+    expected: list[int],
+) -> None:
+    scripted.results["checkpoints"] = lambda *_: Reply.json(
+        {
+            "checkpoints": [
+                {
+                    "checkpoint_id": f"weights/step-{step}",
+                    "checkpoint_type": "training",
+                    "time": f"2026-01-02T{time}:00Z",
+                    "tinker_path": f"tinker://{run}/weights/step-{step}",
+                    "user_metadata": {STEP_KEY: str(step), NAME_KEY: NAME},
+                }
+                for run, step, time in made
+            ]
+        }
+    )
+    found = client._future(_find(client.create_rest_client(), NAME)).result(10)
+    assert [saved.step for saved in found] == expected

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
+from holdfast.catalog.tables import checkpoints as rows
 from holdfast.runs.checkpoints import Checkpoints, Differences
 from holdfast.runs.errors import RunError
 from holdfast.store import LocalStore, Manifest, NameKey, SweepReport
@@ -69,6 +70,32 @@ async def test_a_deletion_does_not_unlist_what_is_saved_beside_it(
     assert not await checkpoints.differences()
     (row,), _ = await checkpoints.page("local")
     assert row.manifest == second.id
+
+
+async def newest(checkpoints: Checkpoints, run: str) -> tuple[str, str]:
+    """The one that run information shows, and the one that is advised."""
+    advised = await checkpoints.newest_intact(run)
+    assert advised is not None
+    return (await checkpoints.newest([run], "weights"))[run].name, advised.name
+
+
+@pytest.mark.anyio
+async def test_the_newest_checkpoint_of_a_run_is_the_last_in_its_order(
+    store: HeldUp, catalog: Catalog
+) -> None:
+    """Though the clock was set back before it was made."""
+    checkpoints = Checkpoints(store, catalog)
+    for name, seq, created in (("a", 9, 2.0), ("b", 10, 1.0), ("c", 2, 3.0)):
+        await checkpoints.publish(sample(store, name=name, seq=seq, created=created))
+    run = sample(store).run
+    assert await newest(checkpoints, run) == ("b", "b")
+    # What was listed before an upgrade says nothing of its position before the next start.
+    await catalog.write(lambda c: c.execute(rows.update().values(seq=None)))
+    await catalog.write(lambda c: _add_run(c, run))
+    assert await newest(checkpoints, run) == ("c", "c")
+    assert await checkpoints.reconcile() == (3, 0)
+    assert await newest(checkpoints, run) == ("b", "b")
+    assert await checkpoints.reconcile() == (0, 0)
 
 
 @pytest.mark.anyio

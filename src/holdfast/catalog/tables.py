@@ -181,6 +181,7 @@ checkpoints = Table(
     Column("size", BigInteger, nullable=False),  # bytes of its blobs
     Column("step", Integer, nullable=False),  # optim_steps applied
     Column("user_metadata", JSON),
+    Column("seq", BigInteger),  # position in its run; empty until the start after an upgrade
     Index("ix_checkpoints_owner_created", "owner", "created"),
 )
 

@@ -364,12 +364,22 @@ async def _find(rest: RestClient, name: str) -> list[SavedCheckpoint]:
         offset += _PAGE
         if len(page.checkpoints) < _PAGE:
             break
-    found.sort(key=lambda checkpoint: checkpoint.time)
+    # Within a run by the step: the server's clock may have been set back.
+    last: dict[str, datetime] = {}
+    for one in found:
+        last[_run_of(one)] = max(one.time, last.get(_run_of(one), one.time))
+    found.sort(
+        key=lambda one: (last[_run_of(one)], _run_of(one), _step_of(one, name) or 0, one.time)
+    )
     return [
         SavedCheckpoint(checkpoint.tinker_path, step, checkpoint.time)
         for checkpoint in found
         if (step := _step_of(checkpoint, name)) is not None
     ]
+
+
+def _run_of(checkpoint: Checkpoint) -> str:
+    return checkpoint.tinker_path.rpartition("/")[0]
 
 
 def _step_of(checkpoint: Checkpoint, name: str) -> int | None:

@@ -68,6 +68,7 @@ class Checkpoint:
     size: int
     step: int
     user_metadata: Mapping[str, str] | None
+    seq: int | None
     own_size: int
     """Of the blobs that no other checkpoint has: what deleting it gives back."""
 
@@ -311,13 +312,13 @@ class Checkpoints:
         )
 
     async def newest(self, run_ids: Sequence[str], kind: str) -> dict[str, Checkpoint]:
-        """The newest checkpoint of that kind, for each run that has one."""
+        """The last checkpoint of that kind in its order, for each run that has one."""
 
         def query(connection: sa.Connection) -> dict[str, Checkpoint]:
             rows = connection.execute(
                 _with_own_size()
                 .where(checkpoints.c.run_id.in_(run_ids) & (checkpoints.c.kind == kind) & _alive())
-                .order_by(checkpoints.c.created)
+                .order_by(*_IN_A_RUN)
             )
             return {row.run_id: Checkpoint(**row._mapping) for row in rows}
 
@@ -331,7 +332,7 @@ class Checkpoints:
                 sa.select(checkpoints)
                 .where((checkpoints.c.run_id == run_id) & (checkpoints.c.kind == "weights"))
                 .where(_alive())
-                .order_by(checkpoints.c.created.desc())
+                .order_by(*(column.desc() for column in _IN_A_RUN))
             )
             return [NameKey(row.run_id, row.kind, row.name) for row in rows]
 
@@ -370,9 +371,10 @@ class Checkpoints:
         """
         named = dict(await self._call(lambda: list(self.store.names(on_damage=_log_damage))))
 
-        def query(connection: sa.Connection) -> tuple[dict[NameKey, str], set[str]]:
+        def query(connection: sa.Connection) -> tuple[dict[NameKey, str | None], set[str]]:
             rows = {
-                NameKey(r.run_id, r.kind, r.name): r.manifest
+                # One of before an upgrade does not say all that the store does.
+                NameKey(r.run_id, r.kind, r.name): None if r.seq is None else r.manifest
                 for r in connection.execute(sa.select(checkpoints))
             }
             return rows, set(connection.scalars(sa.select(runs.c.id).distinct()))
@@ -536,6 +538,10 @@ def _no_checkpoint(key: NameKey, hint: str = "") -> RunError:
     return not_found("checkpoint", f"tinker://{key.run}/{key.kind}/{key.name}", hint)
 
 
+_IN_A_RUN = (sa.func.coalesce(checkpoints.c.seq, -1), checkpoints.c.created)
+"""By which the checkpoints of one run are ordered: a clock may be set back."""
+
+
 def _alive() -> sa.ColumnElement[bool]:
     return checkpoints.c.expires.is_(None) | (checkpoints.c.expires > time.time())
 
@@ -603,6 +609,7 @@ def _index(connection: sa.Connection, key: NameKey, manifest_id: str, manifest: 
             size=manifest.size,
             step=manifest.step,
             user_metadata=manifest.user_metadata,
+            seq=manifest.seq,
         )
     )
     for file, blob in manifest.files.items():

@@ -10,7 +10,7 @@ from holdfast.catalog import deadline, epoch
 from holdfast.catalog.backend import Backend
 from holdfast.catalog.errors import CannotOpen, NewerCatalog
 
-HEAD = "0010"
+HEAD = "0011"
 
 _ANSWERS_WITHIN = 30.0
 """Seconds within which a database says of which version it is. Changing that may take longer."""
