@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.cli import checkpoint_files
-from holdfast.cli.online import Duration, DurationOrNever, PathType, connect, server_options
+from holdfast.cli.durations import Duration, DurationOrNever
+from holdfast.cli.online import PathType, connect, server_options
 from holdfast.cli.output import (
     as_json,
     bytes_progress,

@@ -11,8 +11,9 @@ from uuid import uuid4
 
 import click
 
+from holdfast.cli.durations import Duration
 from holdfast.cli.offline import offline_errors, open_data_store
-from holdfast.cli.online import Duration, PathType
+from holdfast.cli.online import PathType
 from holdfast.cli.options import catalog, data_dir, store
 from holdfast.cli.output import (
     as_json,

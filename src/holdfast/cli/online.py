@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -61,29 +60,3 @@ class PathType(click.ParamType[CheckpointPath]):
             return CheckpointPath.parse(value)
         except InvalidPathError as error:
             self.fail(error.message, param, ctx)
-
-
-class Duration(click.ParamType[int]):
-    """Seconds, or a number with a unit: 90m, 12h, 7d, 4w, 1y."""
-
-    name = "duration"
-    units: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d{1,12})([smhdwy]?)", value.strip())
-        if not found:
-            self.fail(f"{value!r} is not a time such as 3600, 90m, 12h, 7d, 4w or 1y", param, ctx)
-        return int(found[1]) * self.units[found[2] or "s"]
-
-
-class DurationOrNever(click.ParamType[int | str]):
-    """A Duration, or `never`."""
-
-    name = "duration"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        return "never" if value == "never" else Duration().convert(value, param, ctx)

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from holdfast.cli.durations import Duration, parse
+
 F = Callable[..., Any]
 
 
@@ -79,8 +81,8 @@ def _checked(option: click.Option, value: object) -> object:
 
     Its range is checked where it is used: a flag or the environment may go before it.
 
-    A number may be given as text, as in an environment variable. An option that may be repeated
-    takes one text, a list of them, or a table (NAME = "VALUE").
+    A number may be given as text, as in an environment variable, and a time as a number. An option
+    that may be repeated takes one text, a list of them, or a table (NAME = "VALUE").
     """
     if option.multiple:
         if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
@@ -96,6 +98,11 @@ def _checked(option: click.Option, value: object) -> object:
             int(value)
         except ValueError as error:
             raise click.BadParameter(f"{value!r} is not an integer") from error
+    elif isinstance(option.type, Duration):
+        try:
+            parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
     elif not isinstance(value, str):
         raise click.BadParameter(f"{value!r} is not a text")
     return value

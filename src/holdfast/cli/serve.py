@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from holdfast.cli.durations import Duration
 from holdfast.cli.options import catalog, data_dir, read_config, store
 
 
@@ -88,6 +89,38 @@ class DeviceType(click.ParamType[str]):
     metavar="MIB",
     help="Resident memory above which a worker is replaced, in good order: no step is lost.",
 )
+@click.option(
+    "--session-grace",
+    type=Duration("1m", "1y", "clients send a heartbeat every 10 s, and repeat none that is lost"),
+    default="30m",
+    metavar="TIME",
+    show_default=True,
+    help="A session without heartbeat, submission or poll for so long ends, and its runs with it.",
+)
+@click.option(
+    "--results-kept",
+    type=Duration("2m", "1y", "a client whose answer was lost may take a minute to ask again"),
+    default="10m",
+    metavar="TIME",
+    show_default=True,
+    help="How long results are kept after they were read.",
+)
+@click.option(
+    "--last-state-kept",
+    type=Duration("1h", "10y"),
+    default="7d",
+    metavar="TIME",
+    show_default=True,
+    help="How long the last state of a run that has ended can be resumed.",
+)
+@click.option(
+    "--stop-within",
+    type=Duration("1s", "1h"),
+    default="20s",
+    metavar="TIME",
+    show_default=True,
+    help="How long a stop takes at most; what is not done by then the next start recovers.",
+)
 def command(
     host: str,
     port: int,
@@ -100,11 +133,17 @@ def command(
     device: str,
     adapter_memory: int,
     worker_memory: int,
+    session_grace: int,
+    results_kept: int,
+    last_state_kept: int,
+    stop_within: int,
 ) -> None:
     """Serve training over HTTP.
 
-    Every option can be given as an environment variable, such as HOLDFAST_PORT.
+    Every option can be given as an environment variable, such as HOLDFAST_PORT. A TIME is a number
+    of seconds, or one with a unit: 90s, 30m, 12h, 7d.
     """
+    from holdfast.runs.service import Lifetimes
     from holdfast.server.data_dir import CannotUse
     from holdfast.server.serve import serve
     from holdfast.server.settings import Settings, parse_model, shipped_model
@@ -134,6 +173,12 @@ def command(
                 device=device,
                 adapter_memory=adapter_memory << 20,
                 worker_memory=worker_memory << 20,
+                stop_within=stop_within,
+                lifetimes=Lifetimes(
+                    session_grace=session_grace,
+                    results_kept=results_kept,
+                    last_state_kept=last_state_kept,
+                ),
             )
         )
     except CannotUse as error:

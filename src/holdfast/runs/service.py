@@ -59,8 +59,9 @@ class Lifetimes:
 
     session_grace: float = 30 * 60
     """Without heartbeat, submission or poll."""
-    results_after_read: float = 10 * 60
-    last_state: float = 7 * 24 * 3600
+    results_kept: float = 10 * 60
+    """After they were read."""
+    last_state_kept: float = 7 * 24 * 3600
     """The final state of a run whose session has ended."""
     between_sweeps: float = 60.0
     """From one sweep of the store to the next."""
@@ -617,7 +618,7 @@ class Runs:
         The position that it is of; None when neither can be had.
         """
         run, driver = live.run, live.driver
-        expires = time.time() + self.lifetimes.last_state
+        expires = time.time() + self.lifetimes.last_state_kept
         try:
             if await driver.keep_last_state(expires):
                 return run.order.reached
@@ -649,7 +650,7 @@ class Runs:
 
     async def _tidy(self) -> None:
         """Remove what nobody needs any more from the journal."""
-        before = self._clock.now() - self.lifetimes.results_after_read
+        before = self._clock.now() - self.lifetimes.results_kept
         skipped: dict[RunKey, list[int]] = {}
         for gone in await self.catalog.write(partial(retention.expire, read_before=before)):
             skipped.setdefault(RunKey(gone.run_id, gone.generation), []).append(gone.seq)
