@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from holdfast import AdamParams, Datum, ModelInput, ServiceClient, TensorData
+from holdfast.cli.run import _standing
 from holdfast.cli.server_process import free_port
+from holdfast.protocol.rest import RunStatus, TrainingRun
 from tests.cli.samples import fails, holdfast
 from tests.support.server import ServerProcess
 
@@ -96,6 +98,9 @@ def test_a_run_is_shown_with_its_checkpoints(run: str) -> None:
     text = holdfast("run", "info", run).stdout
     assert f"position {status['snapshot']['position']}" in text
     assert "[bold]greeting[/]" in text
+    facts = dict(line.split("  ", 1) for line in text.splitlines() if "  " in line)
+    assert facts["last checkpoint"].strip() == shown["last_checkpoint"]
+    assert facts["last request"].rstrip().endswith(" UTC")
     assert run in holdfast("run", "list").stdout
 
 
@@ -174,7 +179,8 @@ def test_what_was_downloaded_can_be_imported_beside_the_server(
         (["checkpoint", "delete"], 2, "PATHs"),
         (["checkpoint", "list", "--limit", "0"], 2, "--limit"),
         (["checkpoint", "list", "--run", "none"], 1, "'none' not found"),
-        (["run", "info", "none"], 1, "'none' not found"),
+        (["run", "info", "none"], 1, "no run 'none' on http"),
+        (["run", "info", "none"], 1, "`holdfast run list` shows those"),
         (["run", "info", "tinker://R/weights/x"], 1, "run id 'tinker://R/weights/x' is not"),
         (["run", "list", "--url", "nonsense"], 1, "http://HOST:PORT"),
         (["run", "list", "--api-key", "tml-\n"], 1, "API key"),
@@ -182,6 +188,27 @@ def test_what_was_downloaded_can_be_imported_beside_the_server(
 )
 def test_mistakes_are_told_in_one_line(args: list[str], status: int, message: str) -> None:
     assert message in fails(*args, status=status)
+
+
+def test_recoveries_are_told_as_people_count() -> None:
+    def told(**status: Any) -> dict[str, Any]:
+        run = TrainingRun(
+            training_run_id="R",
+            base_model=MODEL,
+            model_owner="local",
+            is_lora=True,
+            last_request_time=datetime.now(UTC),
+            status=RunStatus(state="idle", **status),
+        )
+        return dict(_standing(run))
+
+    assert told(recoveries=1, replayed=1)["recoveries"] == "1, with 1 operation replayed"
+    assert told(recoveries=2, replayed=9)["recoveries"] == "2, with 9 operations replayed"
+    assert told(recoveries=2, replayed=9)["diverged"] is None
+    assert told(recoveries=2, replayed=9, divergences=3, diverged_at=5)["diverged"] == (
+        "3 replayed operations gave other results under other numerics, most recently from "
+        "position 5 on"
+    )
 
 
 def test_no_server_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

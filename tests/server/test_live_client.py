@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tinker
 
+from holdfast.cli.output import count
 from tests.cli.samples import holdfast
 from tests.support.raw import ELIXIR, RawRun
 from tests.support.sdk import ADAM, WAIT, Trace, batch, datum, service_client, step, trace
@@ -179,7 +180,8 @@ def test_results_and_submissions_outlive_a_crash(crashing: ServerProcess) -> Non
         status = status_of(info)
         assert (status["recoveries"], status["divergences"]) == (1, 0)
         assert status["replayed"] <= 1  # none with a snapshot of it
-        assert f"1, with {status['replayed']} operations replayed" in holdfast(*info).stdout
+        replayed = count(status["replayed"], "operation")
+        assert f"1, with {replayed} replayed" in holdfast(*info).stdout
 
 
 def status_of(info: Sequence[str]) -> dict[str, Any]:

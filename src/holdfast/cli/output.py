@@ -27,6 +27,8 @@ from holdfast.protocol.errors import ConnectionFailedError, HoldfastError
 
 _WIDEST = 10_000
 """Columns of an output that is no terminal."""
+_NARROWEST = 9
+"""Columns that a table's column needs to be readable when its cells are folded."""
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -41,22 +43,34 @@ def print_table(
     rows: Sequence[Sequence[object]],
     *,
     right: str = "",
+    whole: str = "",
     widths: Sequence[int] = (),
 ) -> None:
-    """A table; the columns named in `right`, separated by spaces, are numbers."""
+    """A table; the columns named in `right`, separated by spaces, are numbers.
+
+    Those named in `whole` are put on one line where the terminal is wide enough for them.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
+    console = _console()
+    needed = sum(
+        max(len(column), *(len(shown(row[number])) for row in rows)) + 2
+        if column in whole.split()
+        else _NARROWEST
+        for number, column in enumerate(columns)
+    )
     for number, column in enumerate(columns):
         is_number = column in right.split()
+        is_whole = column in whole.split() and needed <= console.width
         table.add_column(
             column,
             justify="right" if is_number else "left",
-            no_wrap=is_number,
+            no_wrap=is_number or is_whole,
             overflow="fold",
             min_width=widths[number] if widths else None,
         )
     for row in rows:
         table.add_row(*(escape(shown(cell)) for cell in row))
-    _console().print(table)
+    console.print(table)
 
 
 def print_groups(
@@ -80,7 +94,8 @@ def print_facts(facts: Sequence[tuple[str, object]]) -> None:
     grid.add_column(overflow="fold")
     for name, value in facts:
         if value is not None:
-            grid.add_row(name, escape(shown(value)))
+            zone = " UTC" if isinstance(value, datetime) else ""
+            grid.add_row(name, escape(f"{shown(value)}{zone}"))
     _console().print(grid)
 
 

@@ -10,6 +10,7 @@ from holdfast.cli.checkpoint import as_document
 from holdfast.cli.online import connect, server_options
 from holdfast.cli.output import (
     as_json,
+    count,
     one_line_errors,
     print_facts,
     print_json,
@@ -18,6 +19,7 @@ from holdfast.cli.output import (
     size,
 )
 from holdfast.cli.suggest import Suggesting
+from holdfast.protocol.errors import NotFoundError
 
 if TYPE_CHECKING:
     from holdfast.protocol.rest import TrainingRun
@@ -66,6 +68,7 @@ def list_(limit: int, url: str, api_key: str, as_json: bool) -> None:
             for run in found
         ],
         right="position",
+        whole="run",
     )
     if page.cursor.total_count > len(found):
         say(f"{len(found)} of {page.cursor.total_count} shown; --limit shows more")
@@ -76,17 +79,29 @@ def list_(limit: int, url: str, api_key: str, as_json: bool) -> None:
 @server_options
 @as_json
 def info(run: str, url: str, api_key: str, as_json: bool) -> None:
-    """Show a run and its checkpoints. RUN is its id, as `list` shows it."""
+    """Show a run and its checkpoints. RUN is its id, as `list` shows it.
+
+    Its state is live while it has something to do, else idle, or evicted from the memory of the
+    worker until its next request; recovering while it is rebuilt after a crash. Once it is over it
+    is ended, or stored if its checkpoints were imported; lost or corrupted if its state cannot be
+    had or trusted any more. Its position is the number of the last request whose effect is
+    complete: a snapshot keeps the state of one, and a recovery replays what follows.
+    """
     with one_line_errors():
         rest = connect(url, api_key)
-        found = rest.get_training_run(run).result()
+        try:
+            found = rest.get_training_run(run).result()
+        except NotFoundError as error:
+            raise click.ClickException(
+                f"you have no run {run!r} on {url}; `holdfast run list` shows those you have"
+            ) from error
         checkpoints = rest.list_checkpoints(run).result().checkpoints
     if as_json:
         print_json(
             _as_document(found) | {"checkpoints": [as_document(item) for item in checkpoints]}
         )
         return
-    metadata = found.user_metadata or {}
+    metadata, last = found.user_metadata or {}, found.last_checkpoint
     print_facts(
         [
             ("run", found.training_run_id),
@@ -95,6 +110,7 @@ def info(run: str, url: str, api_key: str, as_json: bool) -> None:
             ("LoRA rank", found.lora_rank),
             ("last request", found.last_request_time),
             *_standing(found),
+            ("last checkpoint", None if last is None else last.tinker_path),
             *((f"metadata {key}", value) for key, value in sorted(metadata.items())),
         ]
     )
@@ -122,8 +138,11 @@ def _standing(run: TrainingRun) -> list[tuple[str, Any]]:
     if status is None:
         return [("state", state)]
     snapshot = status.snapshot
-    recovered = f"{status.recoveries}, with {status.replayed} operations replayed"
-    diverged = f"{status.divergences} replayed under other numerics, the last from"
+    recovered = f"{status.recoveries}, with {count(status.replayed, 'operation')} replayed"
+    diverged = (
+        f"{count(status.divergences, 'replayed operation')} gave other results under other "
+        f"numerics, most recently from position {status.diverged_at} on"
+    )
     return [
         ("state", state),
         ("note", status.note),
@@ -132,7 +151,7 @@ def _standing(run: TrainingRun) -> list[tuple[str, Any]]:
         ("last snapshot", None if snapshot is None else f"position {snapshot.position}"),
         ("snapshot made", None if snapshot is None else snapshot.time),
         ("recoveries", recovered if status.recoveries else None),
-        ("diverged", f"{diverged} {status.diverged_at}" if status.divergences else None),
+        ("diverged", diverged if status.divergences else None),
     ]
 
 
