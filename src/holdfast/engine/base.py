@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,21 @@ def load_base(
             threads = suitable_threads(config.get_text_config().hidden_size, usable_processors())
         torch.set_num_threads(threads)
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, dtype=dtype, use_safetensors=True
+            model, found = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
+        _check_whole(found)
+    except Exception as error:  # the libraries have many for files that they cannot use
+        why = " ".join(str(error).split())
         raise EngineError(
-            "model_not_loadable", f"The base model {name!r} cannot be loaded: {error}", "server"
+            "model_not_loadable",
+            f"The base model {name!r} cannot be loaded from {directory}: {why}",
+            "server",
         ) from error
     model.to(target)
     model.eval()
@@ -93,6 +102,19 @@ def load_base(
         ),
     )
     return Base(model, info, directory, target, _eos_token_ids(model))
+
+
+def _check_whole(found: Mapping[str, Any]) -> None:
+    """Raises ValueError unless every weight was there: others are drawn, anew at each start."""
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ValueError(f"its weights lack {lacking[0]!r}{more} that its config.json asks for")
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"its weights have {name!r} in shape {tuple(there)}, and its config.json asks for "
+            f"{tuple(wanted)}"
+        )
 
 
 def suitable_threads(hidden_size: int, processors: int) -> int:
