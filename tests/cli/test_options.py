@@ -161,9 +161,20 @@ def test_what_is_no_time_is_told_with_times_that_are(text: str) -> None:
     assert f"{text!r} is not a time such as 3600, 90m, 12h, 7d" in shown.output
 
 
-def test_an_unknown_key_is_named(tmp_path: Path) -> None:
-    with pytest.raises(click.BadParameter, match="sets 'prot'; known are"):
-        read(tmp_path, "prot = 1")
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("prot", "'prot'; did you mean port or host?"),
+        ("adapter_memmory", "'adapter_memmory'; did you mean adapter-memory?"),
+        ("xyzzy", "'xyzzy'; known are adapter-memory, catalog, data-dir, "),
+    ],
+)
+def test_an_unknown_key_is_named_with_what_it_may_have_been(
+    tmp_path: Path, key: str, words: str
+) -> None:
+    with pytest.raises(click.BadParameter) as caught:
+        read(tmp_path, f"{key} = 1")
+    assert words in caught.value.message
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])

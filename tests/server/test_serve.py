@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -16,6 +18,7 @@ import pytest
 from holdfast.cli.server_process import free_port
 from holdfast.server import serve
 from holdfast.server.data_dir import CannotUse
+from holdfast.server.devices import why_not
 from holdfast.server.settings import Settings
 from tests.support.raw import RawRun
 from tests.support.server import ServerProcess
@@ -23,7 +26,11 @@ from tests.support.server import ServerProcess
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 
 
-def refusal(*args: str, env: dict[str, str] | None = None) -> str:
+def refusal(
+    *args: str,
+    env: dict[str, str] | None = None,
+    preexec_fn: Callable[[], None] | None = None,
+) -> str:
     """What `holdfast serve` prints when it does not start."""
     done = subprocess.run(
         [HOLDFAST, "serve", *args],
@@ -32,6 +39,7 @@ def refusal(*args: str, env: dict[str, str] | None = None) -> str:
         timeout=60,
         env={**os.environ, **(env or {})},
         check=False,
+        preexec_fn=preexec_fn,
     )
     assert done.returncode not in (0, -9), done.stdout
     assert "Traceback" not in done.stderr
@@ -109,6 +117,63 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path: P
     assert "70003" in refusal(file, "--port=70003", env=environment)
 
 
+@pytest.mark.skipif(why_not("cuda:99") is None, reason="only a worker can tell here")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    message = refusal(f"--data-dir={tmp_path / 'data'}", "--device=cuda:99", "--port=0")
+    assert "--device cuda:99 cannot be used: this " in message
+    assert "'auto' takes what there is" in message
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "torch", "gpus", "why"),
+    [
+        ("cuda", "2.9.0+cpu", None, "this torch (2.9.0+cpu) was made for CPUs alone"),
+        ("cuda:2", "2.9.0", 2, "this machine has 2 GPUs, numbered from cuda:0"),
+        ("cuda", "2.9.0+cu130", 0, "this machine has 0 GPUs, numbered from cuda:0"),
+        ("cuda:1", "2.9.0", 2, None),
+        ("cuda", "2.9.0+cu130", 1, None),
+        ("cuda:7", "2.9.0+rocm6", None, None),  # another driver: a worker finds out
+        ("cpu", "2.9.0+cpu", 0, None),
+        ("auto", "2.9.0+cpu", 0, None),
+    ],
+)
+def test_a_device_is_refused_only_where_it_cannot_be_there(
+    tmp_path: Path, device: str, torch: str, gpus: int | None, why: str | None
+) -> None:
+    known = tmp_path / "gpus"
+    for number in range(gpus or 0):
+        (known / f"0000:{number:02d}:00.0").mkdir(parents=True)
+    if gpus is not None:
+        known.mkdir(exist_ok=True)
+    assert why_not(device, gpus=known, torch=torch) == why
+
+
+def without_privileges() -> None:
+    """Before a program is executed: root is bound by the modes of files as everybody is."""
+    if os.geteuid() == 0:
+        drop = ctypes.CDLL(None, use_errno=True).prctl
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            assert drop(24, capability, 0, 0, 0) == 0  # PR_CAPBSET_DROP
+
+
+@pytest.mark.parametrize("part", ["", "catalog.db", "segments", "store", "store/tmp"])
+def test_a_data_directory_that_cannot_be_written_is_refused(tmp_path: Path, part: str) -> None:
+    """At the start, not operation by operation."""
+    data = tmp_path / "data"
+    (data / "store" / "tmp").mkdir(parents=True)
+    (data / "segments").mkdir()
+    (data / "catalog.db").touch()
+    (data / part).chmod(0o500)
+    try:
+        message = refusal(f"--data-dir={data}", "--port=0", preexec_fn=without_privileges)
+    finally:
+        (data / part).chmod(0o700)
+    why = f"{data / part} cannot be changed" if part else "Permission denied"
+    assert f"cannot use the data directory {data}: {why}; name one" in message
+    assert "--data-dir" in message
+
+
 def test_workers_end_with_the_server(own_server: ServerProcess) -> None:
     with RawRun.open(own_server) as run:
         run.result(run.forward_backward(1))
@@ -136,5 +201,20 @@ def test_a_base_model_that_cannot_be_loaded_is_an_answer_and_no_hang(
     ):
         created = run.create(base_model="broken", model_seq_id=1)
         message = run.failure(created["request_id"])
-        assert "'broken'" in message or str(broken) in message
+        assert "'broken'" in message and str(broken) in message
         run.result(run.forward_backward(1))
+        assert "Traceback" not in server.log
+
+
+def test_a_first_base_model_that_cannot_be_loaded_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{")
+    with ServerProcess(tmp_path, models={"broken": tmp_path / "model"}) as server:
+        deadline = time.monotonic() + 60
+        while "base model not loaded" not in server.log:
+            assert time.monotonic() < deadline, server.log
+            time.sleep(0.05)
+        server.stop()  # after whatever else there was to say
+        assert server.log.count("base model not loaded") == 1, server.log
+        assert f"cannot be loaded from {tmp_path / 'model'}: It looks like" in server.log
+        assert "Traceback" not in server.log

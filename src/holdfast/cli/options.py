@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from holdfast.cli.durations import Duration, parse
+from holdfast.cli.suggest import hint
 
 F = Callable[..., Any]
 
@@ -66,8 +67,8 @@ def read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) 
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in known:
-            names = ", ".join(sorted(n for n in known if n not in ("config", "help") and n))
-            raise click.BadParameter(f"{path} sets {key!r}; known are {names}")
+            names = sorted(n.replace("_", "-") for n in known if n not in ("config", "help"))
+            raise click.BadParameter(f"{path} sets {key!r}; {hint(key, names, 'known are')}")
         try:
             defaults[name] = _checked(known[name], value)
         except click.BadParameter as error:

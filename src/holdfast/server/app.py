@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.types import Receive, Scope, Send
 
 from holdfast.catalog import Catalog
+from holdfast.engine.interface import EngineError
 from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
 from holdfast.runs import bodies
 from holdfast.runs.engines import Engines, StartEngine
@@ -189,7 +190,7 @@ async def _load_first(engines: Engines) -> None:
     for name in engines.models[:1]:
         try:
             await engines[name].engine()
-        except Unavailable:
-            return
-        except Exception as error:
-            _log.error("base model not loaded", model=name, error=str(error))
+        except (Unavailable, EngineError):
+            return  # the server stops, or the log has it
+        except Exception:
+            _log.exception("base model not loaded", model=name)

@@ -199,7 +199,25 @@ def _using(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CannotUse(f"cannot use the data directory {path}: {error.strerror}") from error
+        raise _cannot_use(path, error.strerror or str(error)) from error
+
+
+def _cannot_use(path: Path, why: str) -> CannotUse:
+    return CannotUse(
+        f"cannot use the data directory {path}: {why}; "
+        "name one that this user can write to with --data-dir"
+    )
+
+
+def _check_writable(path: Path) -> None:
+    """Raises CannotUse where what is in it cannot be changed: it may be another user's.
+
+    A server would find that out operation by operation.
+    """
+    store = path / STORE
+    for part in (path / CATALOG, path / SEGMENTS, store, store / "tmp"):
+        if part.exists() and not os.access(part, os.W_OK):
+            raise _cannot_use(path, f"{part} cannot be changed")
 
 
 @contextmanager
@@ -207,6 +225,7 @@ def exclusive(path: Path) -> Iterator[None]:
     """Hold the data directory's lock, making the directory if need be. Raises CannotUse."""
     with _using(path):
         path.mkdir(parents=True, exist_ok=True)
+        _check_writable(path)
         handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

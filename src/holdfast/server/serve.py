@@ -39,6 +39,7 @@ from holdfast.server.data_dir import (
     open_catalog,
     remember,
 )
+from holdfast.server.devices import why_not
 from holdfast.server.settings import Settings
 from holdfast.store import Store, StoreError, open_store
 
@@ -59,6 +60,11 @@ class CannotServe(CannotUse):
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotUse before anything was served."""
     _configure_log()
+    why = why_not(settings.device)
+    if why is not None:
+        raise CannotServe(
+            f"--device {settings.device} cannot be used: {why}; 'auto' takes what there is"
+        )
     with (
         exclusive(settings.data_dir),
         _socket(settings) as listening,
