@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from holdfast.catalog import CatalogUnavailable
 from holdfast.catalog.tables import operations
 from holdfast.runs import bodies
 from holdfast.runs.bodies import Save
 from holdfast.runs.driver import IDLE_BEFORE_EVICTION, Driver
 from holdfast.runs.run import Run
+from holdfast.runs.sessions import Sessions
 from holdfast.store import NameKey
 
 from .model import Op
@@ -256,3 +260,73 @@ def test_a_number_that_comes_while_it_is_forgotten_is_late(clients: Clients) -> 
     clients.all_end()
     assert run.ops[run.highest].seen is not None
     clients._check_logs()
+
+
+# --- Sessions whose clients the server does not answer --------------------------------------
+
+
+async def beat(clients: Clients, session_id: str) -> None:
+    """Ask every ten seconds, as clients do, whatever is answered."""
+    while True:
+        with suppress(CatalogUnavailable):
+            await clients._world.runs.sessions.live(session_id, OWNER)
+        await asyncio.sleep(10.0)
+
+
+async def is_open(clients: Clients, session_id: str) -> bool:
+    return (await clients._world.runs.sessions.get(session_id, OWNER)).ended is None
+
+
+def survives_an_outage(clients: Clients, seconds: float, beats: bool) -> bool:
+    """Whether a session is open after the database has not answered for a while."""
+    world, (session,) = clients._world, clients.sessions
+
+    async def outage() -> bool:
+        beating = asyncio.create_task(beat(clients, session.id) if beats else asyncio.sleep(0))
+        await asyncio.sleep(60.0)
+        world.refuse_reads = world.refuse_commits = 1 << 30
+        await asyncio.sleep(seconds)
+        world.refuse_reads = world.refuse_commits = 0
+        await asyncio.sleep(60.0)
+        beating.cancel()
+        return await is_open(clients, session.id)
+
+    return world.loop.run_until_complete(outage())
+
+
+# They end at different moments between two looks for silent sessions.
+@pytest.mark.parametrize("seconds", [32 * 60.0 + later for later in range(0, 30, 3)])
+def test_a_session_outlives_a_database_that_answers_none_of_its_beats(
+    clients: Clients, seconds: float
+) -> None:
+    assert survives_an_outage(clients, seconds, beats=True)
+
+
+def test_a_session_without_beats_ends_though_the_database_did_not_answer(clients: Clients) -> None:
+    assert not survives_an_outage(clients, 32 * 60.0, beats=False)
+
+
+def test_a_beat_of_somebody_unknown_makes_no_session(clients: Clients) -> None:
+    clients._world.refuse_reads = 1
+    with pytest.raises(CatalogUnavailable):
+        clients._world.loop.run_until_complete(clients._world.runs.sessions.live("none", OWNER))
+    clients._world.let(31 * 60.0)
+    assert clients._world.runs.sessions.silent() == []
+
+
+def test_a_session_that_beats_while_others_are_ended_goes_on(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients.open_session("python")
+    first, second = clients.sessions
+    honest = Sessions.end
+
+    async def end(sessions: Sessions, session_id: str, *args: Any, **also: Any) -> bool:
+        sessions.seen(second.id if session_id == first.id else first.id)
+        return await honest(sessions, session_id, *args, **also)
+
+    monkeypatch.setattr(Sessions, "end", end)
+    clients._world.let(31 * 60.0)
+    clients.all[0].ending = "session_ended"
+    found = [clients._do(partial(is_open, clients, x.id)) for x in (first, second)]
+    assert sorted(found) == [False, True]

@@ -641,6 +641,8 @@ class Runs:
                 self.sessions.forgive(asleep)
                 self._clock.forgive(asleep)
             for session_id in self.sessions.silent():
+                if not self.sessions.is_silent(session_id):  # while others were being ended
+                    continue
                 _log.info("session expired", session=session_id)
                 await _tried("a session was not ended", self.end_session(session_id, "expired"))
             for live in list(self._live.values()):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 
-from holdfast.catalog import Catalog
+from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import runs, samplers, sessions
 from holdfast.runs import journal
 from holdfast.runs.clock import ServingClock
@@ -125,8 +125,12 @@ class Sessions:
 
     def silent(self) -> list[str]:
         """Sessions without a sign of life for longer than the grace."""
-        now = time.monotonic()
-        return [id for id, seen in self._seen.items() if now - seen > self._grace]
+        return [id for id in self._seen if self.is_silent(id)]
+
+    def is_silent(self, session_id: str) -> bool:
+        """Whether a session has given no sign of life for longer than the grace."""
+        seen = self._seen.get(session_id)
+        return seen is not None and time.monotonic() - seen > self._grace
 
     async def get(self, session_id: str, owner: str) -> Session:
         """Raises RunError when there is none, or it is somebody else's."""
@@ -139,7 +143,12 @@ class Sessions:
 
     async def live(self, session_id: str, owner: str) -> Session:
         """`get` for a session that takes requests: RunError when it has ended."""
-        session = await self.get(session_id, owner)
+        try:
+            session = await self.get(session_id, owner)
+        except CatalogUnavailable:  # its client is there, and we are who does not answer
+            if session_id in self._seen:
+                self.seen(session_id)
+            raise
         if session.ended is not None:
             raise _ended(session_id, session.end_reason)
         self.seen(session_id)
