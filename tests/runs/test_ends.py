@@ -751,7 +751,7 @@ def ends_under_way(clients: Clients, whole_session: bool) -> list[Outcome | None
         )
         task = asyncio.create_task(work)
         await asyncio.sleep(0.2)
-        assert whole_session or not task.done()
+        assert task.done()
 
     world.loop.run_until_complete(end())
     world.kill()
@@ -813,3 +813,71 @@ def test_what_an_end_is_to_follow_ends_when_no_worker_is_to_be_had(
     found = ends_under_way(clients, whole_session=False)
     codes = [x.failure.code for x in found if x is not None and x.failure is not None]
     assert codes == ["model_unloaded"] * 2
+
+
+# --- An unload that is answered before the end ----------------------------------------------
+
+
+def unload_with(clients: Clients, what: str) -> None:
+    """Unload a model whose end takes long, by a client that waits for five seconds."""
+    world, (run,) = clients._world, clients.all
+    if what == "a full disk":
+        world.full_until = world.clock.now + 1e9
+    else:
+        world.lives[-1]._pause = lambda what: 200.0 if what == bodies.FORWARD_BACKWARD else 0.001
+        clients._submit(run, bodies.FORWARD_BACKWARD, batch(9))
+        world.let(1.0)
+
+    async def unload() -> None:
+        async with asyncio.timeout(5.0):
+            await world.runs.unload(run.id, OWNER)
+
+    for _ in range(2):
+        world.loop.run_until_complete(unload())
+
+
+def refused(clients: Clients) -> str:
+    """The code by which another request is refused."""
+    with pytest.raises(RunError) as error:
+        clients._submit(clients.all[0], bodies.OPTIM_STEP, steps())
+    return error.value.code
+
+
+@pytest.mark.parametrize("what", ["a full disk", "an operation that takes long"])
+@pytest.mark.parametrize("kill", [False, True])
+def test_an_unload_is_answered_at_once_and_holds(clients: Clients, what: str, kill: bool) -> None:
+    train(clients)
+    world, (run,) = clients._world, clients.all
+    unload_with(clients, what)
+    if kill:
+        world.kill()
+    assert refused(clients) == "model_unloaded"
+    assert state_of(clients) == "live"
+    world.full_until = 0.0
+    if what != "a full disk" and not kill:
+        world.let(200.0)
+    world.let(400.0)
+    assert refused(clients) == "model_unloaded"
+    assert state_of(clients) == "unloaded"
+    assert last_states(clients) == [run.highest]  # with what was under way
+    assert unsettled(clients) == []
+
+
+def test_an_unload_that_is_not_noted_does_not_hold(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "note_end", lambda *_: None)
+    train(clients)
+    unload_with(clients, "a full disk")
+    clients._world.kill()
+    clients._world.full_until = 0.0
+    clients._submit(clients.all[0], bodies.OPTIM_STEP, steps())
+
+
+def test_an_unload_that_cannot_be_noted_is_not_answered_as_done(clients: Clients) -> None:
+    world, (run,) = clients._world, clients.all
+    world.refuse_commits = 1
+    with pytest.raises(CatalogUnavailable):
+        world.loop.run_until_complete(world.runs.unload(run.id, OWNER))
+    clients._submit(run, bodies.OPTIM_STEP, steps())
+    clients.all_end()

@@ -267,6 +267,7 @@ def without_runs(clients: Clients) -> None:
     for _ in range(2):
         sampler_of(clients, key)
     clients._do(lambda: clients._world.runs.unload(clients.all[0].id, OWNER))
+    clients._world.let(10.0)
     assert left(clients) == (2, 2)
 
 

@@ -134,7 +134,8 @@ class Run:
         self._waiting: dict[int, asyncio.Event] = {}
         self._recording: dict[int, asyncio.Task[None]] = {}
         self._unrecorded = False
-        self._end_noted = False
+        self._noted: Failure | None = None
+        """The end that is noted durably: nothing more is taken, though it has not come yet."""
         self._submitting = asyncio.Lock()
         self._driver: asyncio.Task[None] | None = None
 
@@ -167,12 +168,13 @@ class Run:
                 body_hash = await asyncio.to_thread(journal.digest, body)
             self._asked = time.monotonic()
             self.services.stopping.check()
-            if self.ended is not None and seq not in self.order:
+            ended = self.ended or self._noted
+            if ended is not None and seq not in self.order:
                 try:
-                    await self.note_end(self.ended)
+                    await self.note_end(ended)
                 except CatalogUnavailable as error:
                     raise Unavailable("journal_unavailable", str(error)) from error
-                raise RunError(self.ended.code, self.ended.message)
+                raise RunError(ended.code, ended.message)
             if self.order.is_too_far(seq):
                 raise RunError(
                     "number_too_high",
@@ -549,9 +551,9 @@ class Run:
 
         And which operation is finished first, if it ends after that. Raises CatalogUnavailable.
         """
-        if not self._end_noted:
+        if self._noted is None:
             await self.services.catalog.write(self.end_note(reason))
-            self._end_noted = True
+            self._noted = reason
             failpoints.reach("end.noted")
 
     def end_note(self, reason: Failure) -> Callable[[Connection], None]:
@@ -566,7 +568,7 @@ class Run:
 
         Nothing new is begun.
         """
-        self._end_noted = True
+        self._noted = reason
         self.begun_to = after
         self.closing = self.ending = True
         self.broken = reason.code == journal.DEFECT

@@ -396,14 +396,22 @@ class Runs:
         return live.run
 
     async def unload(self, model_id: str, owner: str) -> None:
-        """End a run after the operation under way. Idempotent."""
+        """Have a run end after the operation under way. Idempotent.
+
+        That is noted durably, and nothing more is taken. The end itself is not waited for: it may
+        take as long as that operation, or as a store that is full. Raises CatalogUnavailable.
+        """
         self.stopping.check()
         live = self._live.get(model_id)
         if live is not None and live.run.info.owner == owner:
-            reason = Failure("model_unloaded", f"model {model_id!r} was unloaded")
-            await self._finish(live, reason)
+            await asyncio.shield(self._unload(live))  # what is noted is also done
         elif not await self._records((runs.c.id == model_id) & (runs.c.owner == owner)):
             raise not_found("model", model_id)
+
+    async def _unload(self, live: _Live) -> None:
+        reason = Failure("model_unloaded", f"model {live.run.key.id!r} was unloaded")
+        await live.run.note_end(reason)
+        self._background(self._finish(live, reason))
 
     async def record(self, model_id: str, owner: str) -> RunRecord:
         """A run, also one that has ended. RunError when there is none."""
