@@ -168,8 +168,11 @@ class Checkpoints:
         """Unnamed manifests of this process, which it has not discarded."""
         self._discarding = asyncio.Lock()
         """Held while an orphan is discarded, so that it is not published meanwhile."""
-        self.creating = asyncio.Lock()
-        """Held while a run of a new id comes into being."""
+        self._creating: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def creating(self, run_id: str) -> asyncio.Lock:
+        """Held while the run of that id comes into being, which may take as long as the store."""
+        return self._creating.setdefault(run_id, asyncio.Lock())
 
     @_limited
     async def resolve(self, key: NameKey, readers: Sequence[str]) -> tuple[str, Manifest]:
@@ -404,7 +407,7 @@ class Checkpoints:
             except StoreError as error:
                 _log_damage(error)
             else:
-                async with self.creating:
+                async with self.creating(manifest.run):
                     await self._catalog.write(partial(stored.insert_missing, manifest=manifest))
         return done.count(True), done.count(False)
 

@@ -42,7 +42,6 @@ class Copies:
         self._checkpoints = checkpoints
         self._sessions = sessions
         self._stopping = stopping
-        self._creating = checkpoints.creating
 
     async def copy(
         self,
@@ -84,7 +83,7 @@ class Copies:
             public=False,
             request_id=f"{run_id}:copy",
         )
-        async with self._creating:
+        async with self._checkpoints.creating(run_id):
             if await self._is_there(run_id, body_hash, idempotency_key):
                 return copied
             await self._checkpoints.publish(changed)

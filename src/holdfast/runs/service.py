@@ -147,7 +147,8 @@ class Runs:
         """The newest generation of each model that has not ended."""
         self._executed: dict[RunKey, _Live] = {}
         """All that have not ended."""
-        self._creating = self.checkpoints.creating
+        self._creating = asyncio.Lock()
+        """Held while any run is created; for as long as that takes the catalog, never a store."""
         self.copies = Copies(catalog, self.checkpoints, self.sessions, self.stopping)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -280,7 +281,7 @@ class Runs:
         idempotency_key: str | None,
     ) -> Run:
         model_id = f"{session.id}:train:{model_seq_id}"
-        async with self._creating:
+        async with self.checkpoints.creating(model_id), self._creating:
             self.stopping.check()
             generation = 0
             history = await self._history(model_id)
