@@ -33,6 +33,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 """What each package may import besides itself."""
 
+SHARED = ("failpoints", "threads")
+"""Modules of the top level that any package may import."""
+
 HEAVY = ("torch", "transformers", "peft")
 
 
@@ -53,10 +56,10 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def violations(package: str, names: Iterator[str]) -> list[str]:
-    allowed = (package, "failpoints", *MAY_IMPORT[package])
+    allowed = (package, *SHARED, *MAY_IMPORT[package])
     ours = [name.removeprefix("holdfast.") for name in names if name.startswith("holdfast.")]
     # What the top level offers by its own name is the client's.
-    ours = [n if n.partition(".")[0] in (*MAY_IMPORT, "failpoints") else "client" for n in ours]
+    ours = [n if n.partition(".")[0] in (*MAY_IMPORT, *SHARED) else "client" for n in ours]
     return [
         name
         for name in ours

@@ -426,3 +426,40 @@ async def test_a_database_that_hangs_is_not_waited_for_without_end(
     answers.set()
     monkeypatch.undo()
     assert await catalog.read(count) == 0
+
+
+SOON = 10.0
+"""Seconds within which what is not kept waiting is done, also on a busy machine."""
+
+
+@pytest.mark.anyio
+async def test_threads_that_hang_elsewhere_keep_nobody_from_reading(catalog: Catalog) -> None:
+    go_on = threading.Event()
+    try:  # more than there are
+        hanging = [asyncio.create_task(asyncio.to_thread(go_on.wait)) for _ in range(50)]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(SOON):
+            assert await catalog.read(count) == 0
+    finally:
+        go_on.set()
+    await asyncio.gather(*hanging)
+
+
+@pytest.mark.anyio
+async def test_a_read_that_hangs_holds_up_no_close(open_catalog: Callable[[], Catalog]) -> None:
+    catalog, begun, go_on = open_catalog(), threading.Event(), threading.Event()
+
+    def hang(connection: sa.Connection) -> None:
+        begun.set()
+        go_on.wait()
+        connection.invalidate()  # as the pool would, which is closed by then
+
+    try:
+        reading = asyncio.create_task(catalog.read(hang))
+        async with asyncio.timeout(SOON):
+            await asyncio.to_thread(begun.wait)
+            await asyncio.to_thread(catalog.close)
+        assert not reading.done()
+    finally:
+        go_on.set()
+    await reading

@@ -25,6 +25,7 @@ from holdfast.catalog.errors import CatalogInUse, CatalogUnavailable, EpochLost,
 from holdfast.catalog.migrations import upgrade
 from holdfast.catalog.postgresql import PostgreSQL
 from holdfast.catalog.sqlite import SQLite
+from holdfast.threads import Threads
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ LEASE_WAITS = 5.0
 IN_DOUBT = 60.0
 """Seconds within which it must be found out what became of a commit that was not answered."""
 
+_READERS = 8
+"""Reads at a time: fewer than the connections that a pool gives, which others take, too."""
 _MOST_IN_ONE_COMMIT = 256
 _WRITES_BETWEEN_TIDYING = 128
 _PAUSE = 0.2
@@ -75,6 +78,7 @@ class Catalog:
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """For the writer: True when something waits, False at the end."""
         self._is_called = False
+        self._readers = Threads("catalog-reader", _READERS)
         self._tidying = Beside("catalog-tidier", self._tidy_beside, lambda: self._calls.put(True))
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._thread.start()
@@ -146,7 +150,7 @@ class Catalog:
         """
         try:
             async with asyncio.timeout(READ_TAKES):
-                return await asyncio.to_thread(self.read_now, work)
+                return await self._readers.run(self.read_now, work)
         except TimeoutError:
             raise CatalogUnavailable(
                 f"the catalog {self.address} has not answered for {READ_TAKES:.0f} s"
@@ -226,6 +230,7 @@ class Catalog:
             self._calls.put(False)
             self._thread.join()
         self._tidying.close()
+        self._readers.close()
         self._engine.dispose()
 
     def _call_writer(self) -> None:

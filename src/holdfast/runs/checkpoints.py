@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -32,6 +31,7 @@ from holdfast.store import (
     SweepReport,
     Unavailable,
 )
+from holdfast.threads import Threads
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -161,7 +161,7 @@ class Checkpoints:
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store
         self._catalog = catalog
-        self._threads = ThreadPoolExecutor(_THREADS, "store")
+        self._threads = Threads("store", _THREADS)
         """Not those of everything else: a disk that does not answer keeps the threads that ask."""
         self._locks: WeakValueDictionary[NameKey, asyncio.Lock] = WeakValueDictionary()
         self._published: set[str] = set()
@@ -169,6 +169,10 @@ class Checkpoints:
         self._discarding = asyncio.Lock()
         """Held while an orphan is discarded, so that it is not published meanwhile."""
         self._creating: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def close(self) -> None:
+        """Call the store no more. It is not closed, and a call that hangs is not waited for."""
+        self._threads.close()
 
     def creating(self, run_id: str) -> asyncio.Lock:
         """Held while the run of that id comes into being, which may take as long as the store."""
@@ -496,7 +500,7 @@ class Checkpoints:
         self.store.set_name(key, manifest_id, replace=replace)
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+        return await self._threads.run(call, *args)
 
     async def _call(self, call: Callable[..., T], *args: Any) -> T:
         try:

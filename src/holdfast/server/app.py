@@ -116,6 +116,7 @@ def create_app(
         warm.cancel()
         await asyncio.gather(warm, return_exceptions=True)
         await asyncio.to_thread(context.reading.close)
+        runs.checkpoints.close()
 
     app = _App(
         title="Holdfast",
