@@ -55,6 +55,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.service:unload:asyncio.shield(self._unload(live))",
         "server.archive:digest:asyncio.shield(found)",
         "server.archive:digest:loop.run_in_executor(self._digesters, download.dig…",
+        "server.routes.training:_submit_batch:asyncio.to_thread(read)",
         "server.submit:submit:asyncio.to_thread(body)",
     ),
     "its client, for whom nobody else waits": (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from holdfast.protocol.batches import BatchRequest
+from holdfast.protocol.batches import BatchRequest, read_large_json
 from holdfast.protocol.bodies import read_json
 from holdfast.protocol.errors import HoldfastError, InvalidMessageError
 from holdfast.protocol.training import AdamParams, OptimStepRequest
@@ -15,6 +18,7 @@ from holdfast.runs.errors import RunError
 from holdfast.runs.service import ELIXIR
 from holdfast.server.context import FamilyDep, OwnerDep, RunsDep
 from holdfast.server.submit import (
+    IN_A_THREAD,
     address_in_json,
     address_in_protobuf,
     refuse_unread,
@@ -45,22 +49,12 @@ async def _submit_batch(
     request: Request, owner: str, runs: RunsDep, family: str, kind: str
 ) -> dict[str, Any]:
     data = await request.body()
-    is_protobuf = "protobuf" in request.headers.get("content-type", "")
-    parsed: Any = None
+    read = partial(_read_batch, data, request.headers, forward_only=kind == bodies.FORWARD)
     try:
-        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-            raise InvalidMessageError(
-                f"content-encoding {encoding!r} is not taken here; send the body as it is"
-            )
-        if is_protobuf:
-            batch = BatchRequest.from_protobuf(data)
-        else:
-            parsed = read_json(data)
-            batch = BatchRequest.from_json(parsed, forward_only=kind == bodies.FORWARD)
-    except HoldfastError as error:
-        address = address_in_protobuf(data) if is_protobuf else address_in_json(parsed)
-        await refuse_unread(runs, owner, kind, address, error)
-        raise
+        batch = await asyncio.to_thread(read) if len(data) > IN_A_THREAD else read()
+    except _Unread as unread:
+        await refuse_unread(runs, owner, kind, unread.address, unread.error)
+        raise unread.error from None
     if batch.forward_only:
         kind = bodies.FORWARD
 
@@ -71,6 +65,33 @@ async def _submit_batch(
         return batch_body(batch)
 
     return await submit(runs, owner, batch.model_id, batch.seq_id, kind, body, size=len(data))
+
+
+class _Unread(Exception):
+    """A body that is no batch, and whose it is as far as that can be told."""
+
+    def __init__(self, error: HoldfastError, address: tuple[str, int] | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.address = address
+
+
+def _read_batch(data: bytes, headers: Mapping[str, str], *, forward_only: bool) -> BatchRequest:
+    """Raises _Unread. What is read in a thread lets others have their turn."""
+    is_protobuf = "protobuf" in headers.get("content-type", "")
+    parsed: Any = None
+    try:
+        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+            raise InvalidMessageError(
+                f"content-encoding {encoding!r} is not taken here; send the body as it is"
+            )
+        if is_protobuf:
+            return BatchRequest.from_protobuf(data)
+        parsed = read_large_json(data) if len(data) > IN_A_THREAD else read_json(data)
+        return BatchRequest.from_json(parsed, forward_only=forward_only)
+    except HoldfastError as error:
+        address = address_in_protobuf(data) if is_protobuf else address_in_json(parsed)
+        raise _Unread(error, address) from None
 
 
 @router.post("/optim_step")
