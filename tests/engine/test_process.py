@@ -279,3 +279,37 @@ async def test_calls_to_a_dying_worker_end_as_its_death_whatever_the_event_loop(
         await asyncio.sleep(0)
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {WorkerDied}
+
+
+BREAKS = """
+import torch
+from holdfast.engine import worker
+def breaks(*args, **kwargs):
+    raise RuntimeError("a kernel broke")
+torch.Tensor.addcdiv_ = breaks
+worker.main()
+"""
+
+
+async def test_a_step_that_breaks_off_ends_the_worker(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came before it is answered; nobody goes on with half of a step, or saves it."""
+    start = asyncio.create_subprocess_exec
+
+    async def patched(program: str, *_: str, **how: Any) -> asyncio.subprocess.Process:
+        return await start(program, "-c", BREAKS, **how)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", patched)
+    async with started(small, tmp_path / "store") as worker:
+        await worker.create("run", run_config())
+        async with asyncio.timeout(60):
+            before, step, after = await asyncio.gather(
+                worker.forward_backward("run", 0, BODY),
+                worker.optim_step("run", STEP),
+                worker.capture("run"),
+                return_exceptions=True,
+            )
+            assert await worker.wait_died() == 1
+        assert isinstance(before, bytes)
+        assert isinstance(step, WorkerDied) and isinstance(after, WorkerDied)
