@@ -153,6 +153,39 @@ def test_the_gradients_of_a_batch_are_added_or_not(core: Core, after: bool) -> N
         assert state(core) == (old if error else new), error
 
 
+def test_a_run_that_cannot_be_made_leaves_everything_as_it_was(core: Core) -> None:
+    """The one that it would have replaced, and the others; of its layers all or none are there."""
+    small, large = run_config(4, mlp=False), run_config(8)
+
+    def parameters() -> int:
+        return sum(1 for _ in core.base.model.parameters())
+
+    def prepare() -> None:
+        for key in list(core._slots._slots):
+            if key[0] == 8:
+                core._slots._remove(key)
+        core.create("neighbour", small)
+        core.create("run", small)
+        core.forward_backward("run", 0, OTHER)
+
+    prepare()
+    old, there = state(core), parameters()
+    answer = core.forward_backward("neighbour", 0, BODY)
+    gradients = state(core, "neighbour")
+    core.create("run", large)
+    new, with_slot = state(core), parameters()
+    for error in outcomes(prepare, lambda: core.create("run", large), 11):
+        if error is None:
+            assert state(core) == new
+        else:
+            assert state(core) == old, error
+            assert parameters() in (there, with_slot), error
+            assert core.forward_backward("neighbour", 0, BODY) == answer
+            assert state(core, "neighbour") == gradients
+            core.create("run", large)
+            assert state(core) == new
+
+
 def test_a_state_is_restored_or_stays_as_it_was(core: Core, store: Store) -> None:
     core.create("run", run_config(4, mlp=False))
     core.forward_backward("run", 0, OTHER)
