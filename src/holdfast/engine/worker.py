@@ -263,6 +263,7 @@ def _serve(settings: Settings, calls: queue.SimpleQueue[frames.Frame], outbox: O
 
     try:
         store = open_store(settings.store)
+        store.while_moving(progress)
         core = _load(settings, store, progress)
     except Exception as error:
         if isinstance(error, StoreError):
