@@ -11,7 +11,7 @@ from holdfast.engine import core as core_module
 from holdfast.engine import slots as slots_module
 from holdfast.engine.core import Core
 from holdfast.engine.forward import forward_backward
-from holdfast.engine.interface import AdamParams, EngineError, Incomplete, RunConfig
+from holdfast.engine.interface import AdamParams, EngineError, Incomplete, RunConfig, StateLost
 from holdfast.engine.payload import Batch, ForwardOutput
 from tests.engine.conftest import MakeCore
 from tests.engine.helpers import NAME, make_batch, named_weights, run_config
@@ -217,6 +217,20 @@ def test_a_failure_in_the_middle_leaves_the_gradients_of_before(
     core.forward_backward("run", 0, BODY)
     again = core._runs["run"].grads
     assert again is not None and torch.equal(again, before)
+
+
+def test_a_device_that_has_failed_is_no_failure_of_the_operation(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails whatever comes next as well, until another process uses it."""
+    core.create("run", run_config())
+
+    def fails(*args: object) -> object:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(core_module, "forward_backward", fails)
+    with pytest.raises(StateLost, match="an illegal memory access"):
+        core.forward_backward("run", 0, BODY)
 
 
 def test_gradients_that_are_not_finite_fail_the_step_and_are_cleared(core: Core) -> None:

@@ -183,6 +183,90 @@ async def test_progress_shows_that_it_computes(small: Path, tmp_path: Path) -> N
             await stuck
 
 
+def alter(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Workers that are started from now on execute this first."""
+    monkeypatch.undo()
+    start = asyncio.create_subprocess_exec
+
+    async def altered(program: str, *_: str, **how: Any) -> asyncio.subprocess.Process:
+        main = "from holdfast.engine import worker; worker.main()"
+        return await start(program, "-c", f"{code}\n{main}", **how)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", altered)
+
+
+BREAKS = """
+import torch
+def breaks(*args, **kwargs):
+    raise RuntimeError("a kernel broke")
+torch.Tensor.addcdiv_ = breaks
+"""
+
+
+async def test_a_step_that_breaks_off_ends_the_worker(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came before it is answered; nobody goes on with half of a step, or saves it."""
+    alter(monkeypatch, BREAKS)
+    async with started(small, tmp_path / "store") as worker:
+        await worker.create("run", run_config())
+        async with asyncio.timeout(60):
+            before, step, after = await asyncio.gather(
+                worker.forward_backward("run", 0, BODY),
+                worker.optim_step("run", STEP),
+                worker.capture("run"),
+                return_exceptions=True,
+            )
+            assert await worker.wait_died() == 1
+        assert isinstance(before, bytes)
+        assert isinstance(step, WorkerDied) and isinstance(after, WorkerDied)
+
+
+SLOW = """
+import time
+from holdfast.store import files, transfer
+transfer.CHUNK = 1024
+def slow(honest):
+    def call(self, data):
+        time.sleep(0.05 if len(data) == 1024 else 0)
+        return honest(self, data)
+    return call
+files._LocalWriteFile.write = slow(files._LocalWriteFile.write)
+files._LocalReadFile.readinto = slow(files._LocalReadFile.readinto)
+"""
+
+
+async def test_a_slow_storage_shows_progress(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a state is written, and while it is read; one that stands still shows none."""
+    alter(monkeypatch, SLOW)
+    async with started(small, tmp_path / "store") as worker:
+        await worker.create("run", run_config())
+        writing = asyncio.create_task((await worker.capture("run")).written())
+        assert await _signs_of_life(worker, writing) > 2
+        files = (await writing).files
+        call = worker.restore("run", run_config(), files, optimizer=True)
+        assert await _signs_of_life(worker, asyncio.create_task(call)) > 2
+        with (tmp_path / "store/sweep.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            standing = asyncio.create_task((await worker.capture("run")).written())
+            begun = worker.last_progress
+            await asyncio.sleep(1.5)
+            assert worker.last_progress == begun and not standing.done()
+        assert await _signs_of_life(worker, standing) > 2
+
+
+async def _signs_of_life(worker: WorkerProcess, until: asyncio.Task[Any]) -> int:
+    """How often it has shown one while that was under way, from its call on."""
+    seen = set()
+    while not until.done():
+        await asyncio.sleep(0.05)
+        if not until.done():
+            seen.add(worker.last_progress)
+    return len(seen)
+
+
 async def test_a_cancelled_call_leaves_the_others_their_answers(
     small: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -187,6 +188,20 @@ def test_save_load_save_gives_the_same_bytes(make_core: MakeCore, store: Store) 
         info = core.restore("again", run_config(), files, optimizer=True)
         assert info == core._runs["run"].info
         assert put(core, "again", store) == files
+
+
+def test_a_state_comes_back_on_the_device_of_the_model(make_core: MakeCore, store: Store) -> None:
+    """All of it: the next step computes with moments and gradients as well as with weights."""
+    core = make_core()
+    core.create("run", run_config())
+    train(core, "run", 0, 1)
+    core.forward_backward("run", 9, make_batch(9).encode())
+    files = put(core, "run", store)
+    core.base = dataclasses.replace(core.base, device=torch.device("meta"))
+    core.restore("run", run_config(), files, optimizer=True)
+    state = core._runs["run"]
+    for tensor in (state.weights, state.adam.exp_avg, state.adam.exp_avg_sq, state.grads):
+        assert tensor is not None and tensor.device.type == "meta"
 
 
 def test_the_mark_is_part_of_the_state(make_core: MakeCore, store: Store) -> None:

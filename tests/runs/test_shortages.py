@@ -16,7 +16,7 @@ from holdfast.engine.interface import ADAPTER_WEIGHTS, EngineError
 from holdfast.runs import bodies, order
 from holdfast.runs.bodies import FORWARD_BACKWARD, OPTIM_STEP, Load, Save
 from holdfast.runs.driver import LAST_STATE_WAITED_FOR, MOST_STALLED
-from holdfast.runs.engines import Engines
+from holdfast.runs.engines import HUNG_AFTER, Engines
 from holdfast.runs.errors import Unavailable
 from holdfast.runs.journal import Failure
 from holdfast.runs.publishing import Publisher
@@ -24,6 +24,7 @@ from holdfast.runs.recovery import UNREADABLE_FOR
 from holdfast.runs.samplers import Sampler
 from holdfast.store import Blob, CorruptManifest, DiskFull, IOFailed, NameKey
 
+from . import toy
 from .sim import World
 from .test_service import OWNER, Clients, steps
 from .toy import NAME, ToyEngine, batch
@@ -536,3 +537,47 @@ def test_a_disk_that_fails_for_an_hour_ends_no_run(
     outcome, _ = clients._poll(run.ops[run.highest], 60.0)
     assert outcome is not None and outcome.failure is None
     clients._check_logs()
+
+
+def hangs(clients: Clients, monkeypatch: pytest.MonkeyPatch, what: str) -> int:
+    """How often a worker was taken for hung until all had ended, writing a save for twenty minutes
+    or, after another one's death, reading a snapshot."""
+    train(clients, 1)
+    clients.all_end()
+    clients._world.let(30.0)  # idle: a snapshot
+    honest = World.pause
+    moving = {"save": {"write"}, "recovery": {"restore", "restore anew"}}[what]
+
+    def pause(world: World, what: str) -> float:
+        return 2 * HUNG_AFTER if what in moving else honest(world, what)
+
+    monkeypatch.setattr(World, "pause", pause)
+    for worker in clients._world.lives:
+        worker._pause = clients._world.pause
+    if what == "save":
+        save(clients, "a")
+    else:
+        clients._world.kill_worker()
+        train(clients, 2)
+    until = clients._now + 6 * HUNG_AFTER
+    (run,) = clients.all
+    for op in run.ops.values():
+        while op.seen is None and clients._poll(op, 30.0)[0] is None and clients._now < until:
+            pass
+    return sum(event["event"].startswith("worker hangs") for event in clients.events)
+
+
+@pytest.mark.parametrize("what", ["save", "recovery"])
+def test_a_storage_that_is_slow_is_no_worker_that_hangs(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    assert hangs(clients, monkeypatch, what) == 0
+    check_all(clients)
+
+
+@pytest.mark.parametrize("what", ["save", "recovery"])
+def test_one_whose_storage_stands_still_is_replaced(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(toy, "PIECE_TAKES", 2 * HUNG_AFTER)
+    assert hangs(clients, monkeypatch, what) > 1

@@ -39,6 +39,10 @@ T = TypeVar("T")
 NAME, OTHER = "toy", "other"
 _PRIME = (1 << 61) - 1
 
+PIECE_TAKES = 60.0
+"""Seconds after which a slow storage has read or written one more piece of a state."""
+_MOVES_BYTES = frozenset({"write", "restore", "restore anew"})
+
 
 def mixed(*values: object) -> int:
     """A number that depends on every value and on their order."""
@@ -380,7 +384,12 @@ class ToyEngine:
     async def _reach(self, what: str) -> None:
         """Take time, and perhaps die before anything is changed."""
         self._die_perhaps(what)
-        await asyncio.sleep(self._pause(what))
+        left = self._pause(what)
+        while what in _MOVES_BYTES and left > PIECE_TAKES:
+            await asyncio.sleep(PIECE_TAKES)
+            self.last_progress = self.clock()
+            left -= PIECE_TAKES
+        await asyncio.sleep(left)
         if self._hangs:
             await self._ended.wait()
         self._die_perhaps(what)

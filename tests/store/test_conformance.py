@@ -77,6 +77,20 @@ def test_what_was_put_is_read_back_in_full(store: Store) -> None:
         store.read_blob_into(blob, memoryview(bytearray(3)), what="x")
 
 
+def test_each_piece_that_moves_is_told(store: Store) -> None:
+    moved: list[None] = []
+    store.while_moving(lambda: moved.append(None))
+    size = 24 << 20
+    blob = store.put_blob([bytes(size)])
+    written = len(moved)
+    assert written > 5
+    store.read_blob(blob, what="x")
+    assert len(moved) - written > 5
+    moved.clear()
+    store.publish(manifest_of({WEIGHTS: blob}))
+    assert store.has_blob(blob) and moved == []
+
+
 def test_a_missing_blob_is_named(store: Store) -> None:
     blob = Blob("0" * 64, 3)
     assert not store.has_blob(blob)

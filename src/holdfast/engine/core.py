@@ -7,6 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from holdfast.engine.interface import (
     Incomplete,
     RunConfig,
     StateInfo,
+    StateLost,
 )
 from holdfast.engine.optimizer import check_params, step
 from holdfast.engine.payload import Array, ForwardOutput, PayloadError, SampleRequest
@@ -43,6 +45,9 @@ from holdfast.store.model import Blob
 
 ReadBlob = Callable[[Blob, str], bytes]
 """Gives a blob's verified bytes; the text says which file it is, for the error message."""
+
+_DEVICE_FAILED: Any = getattr(torch, "AcceleratorError", ())
+"""What torch raises for it; older ones raise nothing that can be told apart."""
 
 _CACHED_ADAPTERS = 8
 _CachedAdapter = tuple[int, tuple[str, ...], float, Tensor]
@@ -139,7 +144,10 @@ class Core:
             state.incomplete = Incomplete(seq, message)
 
     def optim_step(self, run: str, params: AdamParams) -> dict[str, float]:
-        """Apply and clear the accumulated gradients; metrics of the step."""
+        """Apply and clear the accumulated gradients; metrics of the step.
+
+        After StateLost the run is unknown: nobody can go on with half of a step.
+        """
         state = self._state(run)
         check_params(params)
         if state.incomplete is not None:
@@ -164,6 +172,9 @@ class Core:
                     )
             except EngineError:
                 self._keep(state.clear_gradients())
+                raise
+            except StateLost:
+                del self._runs[run]
                 raise
             metrics["skipped"] = 0.0
             state.step += 1
@@ -195,9 +206,10 @@ class Core:
 
     def drop(self, run: str) -> None:
         """Forget a run. Idempotent."""
-        state = self._runs.pop(run, None)
+        state = self._runs.get(run)
         if state is not None:
             self._slots.release(state.weights)
+            del self._runs[run]
             size = 4 * state.weights.nbytes  # two moments and gradients besides, once it trained
             del state
             self._heap.freed(size)
@@ -293,14 +305,11 @@ class Core:
             if not there:
                 view.zero_()
         if any(present):
-            if state.grads is None:
-                state.grads = fresh
-            else:
-                state.grads.add_(fresh)
-                self._keep(fresh)
+            if state.grads is not None:
+                fresh.add_(state.grads)  # not the other way round: if that fails, these are whole
             state.present = [a or b for a, b in zip(state.present, present, strict=True)]
-        else:
-            self._keep(fresh)
+            state.grads, fresh = fresh, state.grads
+        self._keep(fresh)
         state.pending += 1
         state.pending_tokens += sum(batch.lengths)
         return output
@@ -336,16 +345,18 @@ class Core:
 
 @contextmanager
 def _definite(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong inside into an EngineError; a run survives all of them."""
+    """Turn whatever else goes wrong inside into an EngineError; a run survives all of them."""
     try:
         yield
-    except EngineError:
+    except (EngineError, StateLost):
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _out_of_memory(what) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error):
             raise _out_of_memory(what) from error
+        if isinstance(error, _DEVICE_FAILED):  # the device answers nothing else any more
+            raise StateLost(f"the device failed in the {what}: {error}") from error
         log.exception("%s failed", what)
         raise EngineError(
             "internal", f"The {what} failed inside the engine: {error}", "server"

@@ -36,6 +36,13 @@ class EngineError(Exception):
         self.category: Category = category
 
 
+class StateLost(Exception):
+    """A run's state is gone from the worker, which has to end: another one brings it back.
+
+    A change of it broke off half way, or the device failed under it.
+    """
+
+
 class WorkerDied(Exception):
     """The worker process ended before it answered. The operation may be sent again to a new one."""
 

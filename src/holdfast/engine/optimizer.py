@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from holdfast.engine.interface import AdamParams, EngineError
+from holdfast.engine.interface import AdamParams, EngineError, StateLost
 from holdfast.engine.slots import Layout
 
 _CHUNK = 1 << 16
@@ -68,7 +68,7 @@ def step(
 
     Equals `clip_grad_norm_` and `torch.optim.AdamW(foreach=False, fused=False)` over the
     parameters in name order; one without a gradient (`present` false) is left out, as there.
-    `grads` may be changed.
+    `grads` may be changed. Raises StateLost where it fails once it has begun to change the rest.
     """
     check_params(params)
     layout = state.layout
@@ -76,22 +76,29 @@ def step(
     if params.grad_clip_norm > 0:
         grads.mul_(torch.clamp(params.grad_clip_norm / (norm + 1e-6), max=1.0))
     if state.exp_avg is None or state.exp_avg_sq is None:
-        state.exp_avg = torch.zeros_like(weights)
-        state.exp_avg_sq = torch.zeros_like(weights)
-    chunk = _CHUNK if weights.device.type == "cpu" else layout.size
-    for start, stop, count in _ranges(layout, present, state.steps):
-        for at in range(start, stop, chunk):
-            part = slice(at, min(at + chunk, stop))
-            _update(
-                weights[part],
-                grads[part],
-                state.exp_avg[part],
-                state.exp_avg_sq[part],
-                count,
-                params,
-            )
-    state.steps = [s + there for s, there in zip(state.steps, present, strict=True)]
-    return norm.item()
+        state.exp_avg, state.exp_avg_sq = torch.zeros_like(weights), torch.zeros_like(weights)
+    chunk = min(_CHUNK, layout.size) if weights.device.type == "cpu" else layout.size
+    # The last memory that is needed: a shortage is met before anything is changed.
+    work = torch.empty_like(weights[:chunk])
+    ranges = _ranges(layout, present, state.steps)
+    steps = [s + there for s, there in zip(state.steps, present, strict=True)]
+    try:
+        for start, stop, count in ranges:
+            for at in range(start, stop, chunk):
+                part = slice(at, min(at + chunk, stop))
+                _update(
+                    weights[part],
+                    grads[part],
+                    state.exp_avg[part],
+                    state.exp_avg_sq[part],
+                    work[: part.stop - at],
+                    count,
+                    params,
+                )
+        state.steps = steps
+        return norm.item()  # which waits for a device, and tells of what has failed there
+    except Exception as error:
+        raise StateLost(f"an optim_step broke off half way: {error}") from error
 
 
 def _ranges(layout: Layout, present: list[bool], steps: list[int]) -> list[tuple[int, int, int]]:
@@ -113,15 +120,19 @@ def _update(
     grads: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    work: Tensor,
     count: int,
     params: AdamParams,
 ) -> None:
-    """One AdamW update, operation by operation as `torch.optim.adam._single_tensor_adam`."""
+    """One AdamW update, operation by operation as `torch.optim.adam._single_tensor_adam`.
+
+    `work` is overwritten; nothing else is allocated.
+    """
     if params.weight_decay != 0:
         weights.mul_(1 - params.learning_rate * params.weight_decay)
     exp_avg.lerp_(grads, 1 - params.beta1)
     exp_avg_sq.mul_(params.beta2).addcmul_(grads, grads, value=1 - params.beta2)
     step_size = params.learning_rate / (1 - params.beta1**count)
     root = (1 - params.beta2**count) ** 0.5
-    denominator = (exp_avg_sq.sqrt() / root).add_(params.eps)
+    denominator = torch.sqrt(exp_avg_sq, out=work).div_(root).add_(params.eps)
     weights.addcdiv_(exp_avg, denominator, value=-step_size)

@@ -75,8 +75,8 @@ class WorkerProcess:
         self._ready = self._expect(frames.READY_ID)
         self._reader = asyncio.create_task(self._read())
         self.last_progress = time.monotonic()
-        """Monotonic time of the last sign of life that the computing gave, or of the first call
-        after an idle time."""
+        """Monotonic time of the last sign of life that the computing gave, or the storage that a
+        state is read from or written to; or of the first call after an idle time."""
 
     @classmethod
     async def start(

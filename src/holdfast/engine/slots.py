@@ -241,6 +241,13 @@ class Slots:
     def _make(self, rank: int, modules: tuple[str, ...]) -> Slot:
         adapter = f"slot{self._made}"
         self._made += 1
+        try:
+            return self._inject(adapter, rank, modules)
+        except BaseException:
+            self._take_out(adapter)
+            raise
+
+    def _inject(self, adapter: str, rank: int, modules: tuple[str, ...]) -> Slot:
         pattern = "|".join(re.escape(module) for module in modules)
         config = PeftLoraConfig(r=rank, lora_alpha=rank, target_modules=f"(?:{pattern})")
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -258,17 +265,30 @@ class Slots:
             missing = sorted(wanted - {name for name, _ in mine})
             raise EngineError("no_such_target", f"The base model has no layer {missing[0]!r}.")
         slot = Slot(adapter, rank, mine)
-        # PEFT leaves gradients on for the active adapter alone.
-        for each in (*self._slots.values(), slot):
-            for parameter in each.parameters:
-                parameter.requires_grad_(True)
+        _let_train(*self._slots.values(), slot)
         self._active = adapter
         for layer in self._layers:
             layer._active_adapter = [adapter]
         return slot
+
+    def _take_out(self, adapter: str) -> None:
+        """Remove what there is of an adapter that could not be made."""
+        self._layers = [m for m in self._model.modules() if isinstance(m, LoraLayer)]
+        self._active = adapter
+        self.activate(None)
+        for layer in self._layers:
+            layer.delete_adapter(adapter)
+        _let_train(*self._slots.values())
 
     def _remove(self, key: tuple[int, tuple[str, ...]]) -> None:
         slot = self._slots.pop(key)
         self.activate(None)
         for layer in slot._layers:
             layer.delete_adapter(slot.adapter)
+
+
+def _let_train(*slots: Slot) -> None:
+    """Where PEFT adds an adapter, it leaves gradients on for the active one alone."""
+    for slot in slots:
+        for parameter in slot.parameters:
+            parameter.requires_grad_(True)

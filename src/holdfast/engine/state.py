@@ -312,18 +312,21 @@ def restore_optimizer(state: TrainingState, data: bytes, base: BaseModelInfo) ->
         if kind not in groups:
             raise _damaged(OPTIMIZER_STATE, f"the tensor {name!r} is unknown")
         groups[kind][parameter] = tensor
+
+    def filled(kind: str, there: list[bool]) -> Tensor:
+        flat = _fill(OPTIMIZER_STATE, layout, f"{kind}.", groups[kind], there)
+        return flat.to(state.weights.device)
+
     stepped = [count > 0 for count in steps]
     present = [name in groups["grad"] for name in layout.names]
     state.adam.steps = steps
     if any(stepped):
-        state.adam.exp_avg = _fill(OPTIMIZER_STATE, layout, "exp_avg.", groups["exp_avg"], stepped)
-        state.adam.exp_avg_sq = _fill(
-            OPTIMIZER_STATE, layout, "exp_avg_sq.", groups["exp_avg_sq"], stepped
-        )
+        state.adam.exp_avg = filled("exp_avg", stepped)
+        state.adam.exp_avg_sq = filled("exp_avg_sq", stepped)
     elif groups["exp_avg"] or groups["exp_avg_sq"]:
         raise _damaged(OPTIMIZER_STATE, "it holds moments of parameters that took no step")
     if groups["grad"]:
-        state.grads = _fill(OPTIMIZER_STATE, layout, "grad.", groups["grad"], present)
+        state.grads = filled("grad", present)
         state.present = present
 
 

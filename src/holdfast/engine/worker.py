@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from holdfast.engine import frames
-from holdfast.engine.interface import AdamParams, EngineError
+from holdfast.engine.interface import AdamParams, EngineError, StateLost
 from holdfast.store import Corrupt, Store, StoreError, Unavailable, open_store
 from holdfast.store.model import Blob
 from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
@@ -156,7 +156,7 @@ class Worker:
         }
 
     def answer(self, header: dict[str, Any], body: bytes) -> None:
-        """Execute one call and send its answer; never raises."""
+        """Execute one call and send its answer. Raises nothing but StateLost, unanswered."""
         call, args = header["id"], header["args"]
         try:
             if header["call"] == "capture":
@@ -165,6 +165,8 @@ class Worker:
             result = self._calls[header["call"]](args, body)
         except EngineError as error:
             self._outbox.send({"id": call, "error": frames.error_json(error)})
+        except StateLost:
+            raise
         except Exception as error:
             log.exception("%s failed", header["call"])
             error = _internal(header["call"], error)
@@ -261,6 +263,7 @@ def _serve(settings: Settings, calls: queue.SimpleQueue[frames.Frame], outbox: O
 
     try:
         store = open_store(settings.store)
+        store.while_moving(progress)
         core = _load(settings, store, progress)
     except Exception as error:
         if isinstance(error, StoreError):
@@ -308,9 +311,14 @@ def main() -> None:
     if first is None:
         return
     threading.Thread(target=_receive, args=(incoming, calls), name="inbox", daemon=True).start()
-    _serve(Settings(**first[0]), calls, outbox)
+    status = 0
+    try:
+        _serve(Settings(**first[0]), calls, outbox)
+    except StateLost:
+        log.exception("the worker ends, for another one to bring its runs back")
+        status = 1
     outbox.close()
-    os._exit(0)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from holdfast.store.errors import (
 from holdfast.store.files import ReadFile
 from holdfast.store.model import Blob, Manifest, check_id
 from holdfast.store.records import NameRecord
-from holdfast.store.transfer import check_size, verify_file
+from holdfast.store.transfer import Watched, check_size, verify_file
 
 Still = Callable[[], bool]
 """Whether what referred to something is still there: what is removed meanwhile is no problem."""
@@ -96,7 +96,7 @@ class Audit:
         with suppress(FileNotFoundError), self._open(path) as file:
             if file is not None:
                 check_size(file.size, blob, what, path)
-                verify_file(_Watched(file, self._advance), blob, what, path)
+                verify_file(Watched(file, self._advance), blob, what, path)
                 return True
         return False
 
@@ -108,22 +108,6 @@ class Audit:
 
     def has_read(self, path: str) -> bool:
         return path in self._read
-
-
-class _Watched:
-    """A file that tells how many bytes are read of it."""
-
-    def __init__(self, file: ReadFile, advance: Callable[[int], None]) -> None:
-        self._file = file
-        self._advance = advance
-        self.size = file.size
-        self.seek = file.seek
-        self.close = file.close
-
-    def readinto(self, buffer: memoryview) -> int:
-        count = self._file.readinto(buffer)
-        self._advance(count)
-        return count
 
 
 def size_of(manifest: Manifest) -> int:

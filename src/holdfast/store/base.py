@@ -96,6 +96,7 @@ class Store(ABC):
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
         self._before_change: list[Callable[[], None]] = []
+        self._while_moving: list[Callable[[], None]] = []
 
     def before_change(self, call: Callable[[], None]) -> None:
         """Have `call` made before each change that others see; what it raises breaks that off.
@@ -104,6 +105,13 @@ class Store(ABC):
         can be put by anybody.
         """
         self._before_change.append(call)
+
+    def while_moving(self, call: Callable[[], None]) -> None:
+        """Have `call` made after each piece of a blob that was read or written, in any thread.
+
+        A storage that is slow is told by that from one that stands still.
+        """
+        self._while_moving.append(call)
 
     @abstractmethod
     def put_blob(self, parts: Iterable[bytes | memoryview]) -> Blob:
@@ -277,6 +285,10 @@ class Store(ABC):
 
         A damaged record is replaced if the empty text, which is no id, is accepted.
         """
+
+    def _moved(self, count: int) -> None:
+        for call in self._while_moving:
+            call()
 
     def _about_to_change(self) -> None:
         for call in self._before_change:

@@ -28,6 +28,9 @@ LOCK_WAITS = STORAGE_WAITED_FOR
 _WRITE_BACK = 16 << 20
 """Bytes after which the system is told to begin writing them, so that the sync waits less."""
 
+_SYNC = 256 << 20
+"""Bytes after which they are synced, so that no sync takes as long as a whole large file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -218,6 +221,7 @@ class _LocalWriteFile:
         self._fd = fd
         self._size = 0
         self._begun = 0
+        self._synced = 0
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data).cast("B")
@@ -227,6 +231,8 @@ class _LocalWriteFile:
             self._size += count
         if self._size - self._begun >= _WRITE_BACK:
             self._begin_write_back(self._size - self._begun)
+        if self._size - self._synced >= _SYNC:
+            self.sync()
 
     def _begin_write_back(self, count: int) -> None:
         """An error of these writes is reported by the sync, as of any others."""
@@ -236,6 +242,7 @@ class _LocalWriteFile:
 
     def sync(self) -> None:
         _flush(self._fd)
+        self._synced = self._size
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -31,7 +31,7 @@ from holdfast.store.files import Files, LocalFiles, ReadFile, WriteFile
 from holdfast.store.model import Blob, Manifest, NameKey, check_id, content_hash
 from holdfast.store.records import NameRecord, file_name, run_prefix
 from holdfast.store.sweep import Sweeper
-from holdfast.store.transfer import check_size, write_hashed
+from holdfast.store.transfer import Watched, check_size, watched, write_hashed
 
 
 class LocalStore(Store):
@@ -60,7 +60,7 @@ class LocalStore(Store):
 
     def put_blob(self, parts: Iterable[bytes | memoryview]) -> Blob:
         with self._disk.temporary("writing a blob") as (file, temporary):
-            blob = write_hashed(file, parts)
+            blob = write_hashed(file, watched(parts, self._moved))
             file.sync()
             with self._disk.changing():
                 mark = self._disk.mark_fresh(blob.hash)
@@ -83,7 +83,7 @@ class LocalStore(Store):
             if file is None:
                 raise MissingBlob(f"{what} is missing: there is no {path}")
             check_size(file.size, blob, what, path)
-            yield file, path
+            yield Watched(file, self._moved), path
 
     def has_blob(self, blob: Blob) -> bool:
         path = self._blob_path(blob)

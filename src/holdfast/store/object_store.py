@@ -47,7 +47,7 @@ from holdfast.store.model import Blob, Manifest, NameKey, check_id, content_hash
 from holdfast.store.object_sweep import ObjectSweeper
 from holdfast.store.objects import Listed, Objects, Version, Writer
 from holdfast.store.records import NameRecord
-from holdfast.store.transfer import check_size, hashed
+from holdfast.store.transfer import Watched, check_size, hashed, watched
 
 HEARTBEAT = 300.0
 """Seconds after which a pin is rewritten. A sweep takes one that was not for an hour for left."""
@@ -91,7 +91,8 @@ class ObjectStore(Store):
 
     def put_blob(self, parts: Iterable[bytes | memoryview]) -> Blob:
         with storage_errors("keeping a blob until it is sent"), hashed(parts) as (blob, pieces):
-            self._objects.upload(f"blobs/{blob.hash}/{uuid4().hex}", pieces, blob.size)
+            key = f"blobs/{blob.hash}/{uuid4().hex}"
+            self._objects.upload(key, watched(pieces, self._moved), blob.size)
         return blob
 
     def _copies(self, blob: Blob, what: str) -> list[Copy]:
@@ -112,7 +113,7 @@ class ObjectStore(Store):
             if file is None:
                 raise MissingBlob(removed)
             try:
-                yield file, path
+                yield Watched(file, self._moved), path
             except FileNotFoundError:
                 raise MissingBlob(removed) from None
 

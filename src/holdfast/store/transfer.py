@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Queue
 from tempfile import SpooledTemporaryFile
@@ -183,6 +183,31 @@ class _Hasher:
     def _work(self, queue: Queue[memoryview | None]) -> None:
         while (piece := queue.get()) is not None:
             self._hasher.update(piece)
+
+
+class Watched:
+    """A file that tells how many bytes are read of it."""
+
+    def __init__(self, file: ReadFile, advance: Callable[[int], None]) -> None:
+        self._file = file
+        self._advance = advance
+        self.size = file.size
+        self.seek = file.seek
+        self.close = file.close
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._file.readinto(buffer)
+        self._advance(count)
+        return count
+
+
+def watched(
+    parts: Iterable[bytes | memoryview], advance: Callable[[int], None]
+) -> Iterator[memoryview]:
+    """The parts in pieces; tells of each once it was taken and the next one is asked for."""
+    for piece in _chunks(parts):
+        yield piece
+        advance(len(piece))
 
 
 def _chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
