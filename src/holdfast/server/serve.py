@@ -40,6 +40,7 @@ from holdfast.server.data_dir import (
     remember,
 )
 from holdfast.server.devices import why_not
+from holdfast.server.gathering import GatheringProtocol
 from holdfast.server.settings import Settings
 from holdfast.store import Store, StoreError, open_store
 
@@ -89,6 +90,7 @@ def serve(settings: Settings) -> None:
             _announce(settings, catalog, where, port)
             config = uvicorn.Config(
                 app,
+                http=GatheringProtocol,
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
