@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
-from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 Array = npt.NDArray[Any]
+
+
+class Stored(NamedTuple):
+    """A tensor as a document has it."""
+
+    code: str
+    """Of its type, in safetensors: F32, I64, …"""
+    shape: tuple[int, ...]
+    data: bytes
+    """Little-endian, in row-major order."""
 
 
 class PayloadError(ValueError):
@@ -45,17 +54,11 @@ class Batch:
     loss_fn_config: Mapping[str, float | str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        tensors: dict[str, Array] = {}
-        for i, datum in enumerate(self.data):
-            tensors[f"{i}.tokens"] = datum.tokens
-            for name, value in datum.inputs.items():
-                tensors[f"{i}.inputs.{name}"] = value
-        meta = {
-            "count": len(self.data),
-            "loss_fn": self.loss_fn,
-            "loss_fn_config": dict(self.loss_fn_config),
-        }
-        return _encode("holdfast.batch.1", meta, tensors)
+        rows = [
+            (_stored("tokens", d.tokens), {n: _stored(n, value) for n, value in d.inputs.items()})
+            for d in self.data
+        ]
+        return encode_batch(rows, self.loss_fn, self.loss_fn_config)
 
     @classmethod
     def decode(cls, data: bytes) -> Batch:
@@ -76,6 +79,21 @@ class Batch:
             )
 
 
+def encode_batch(
+    data: Sequence[tuple[Stored, Mapping[str, Stored]]],
+    loss_fn: str,
+    loss_fn_config: Mapping[str, float | str],
+) -> bytes:
+    """The bytes of a `Batch`, from each datum's tokens and inputs as they are stored."""
+    tensors: dict[str, Stored] = {}
+    for i, (tokens, inputs) in enumerate(data):
+        tensors[f"{i}.tokens"] = tokens
+        for name, value in inputs.items():
+            tensors[f"{i}.inputs.{name}"] = value
+    meta = {"count": len(data), "loss_fn": loss_fn, "loss_fn_config": dict(loss_fn_config)}
+    return _encode("holdfast.batch.1", meta, tensors)
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
     """The result of a forward or forward_backward."""
@@ -92,7 +110,7 @@ class ForwardOutput:
             for name, value in output.items()
         }
         meta = {"count": len(self.outputs), "metrics": dict(self.metrics)}
-        return _encode("holdfast.forward.1", meta, tensors)
+        return _encode_arrays("holdfast.forward.1", meta, tensors)
 
     @classmethod
     def decode(cls, data: bytes) -> ForwardOutput:
@@ -132,7 +150,7 @@ class SampleRequest:
             tensors["target_prompt_tokens"] = self.target_prompt_tokens
         meta = {name: getattr(self, name) for name in self.__slots__ if name not in _SAMPLE_TENSORS}
         meta["stop"] = None if self.stop is None else list(self.stop)
-        return _encode("holdfast.sample_request.1", meta, tensors)
+        return _encode_arrays("holdfast.sample_request.1", meta, tensors)
 
     @classmethod
     def decode(cls, data: bytes) -> SampleRequest:
@@ -194,7 +212,7 @@ class SampleOutput:
         _put_topk(tensors, "topk_prompt", self.topk_prompt)
         _put_topk(tensors, "prompt_alt", self.prompt_alt)
         meta = {"stop_reasons": [s.stop_reason for s in self.sequences]}
-        return _encode("holdfast.sample.1", meta, tensors)
+        return _encode_arrays("holdfast.sample.1", meta, tensors)
 
     @classmethod
     def decode(cls, data: bytes) -> SampleOutput:
@@ -258,57 +276,60 @@ def _well_formed(kind: str) -> Iterator[None]:
         raise PayloadError(f"not a {kind} document: {error}") from error
 
 
-_DTYPES: dict[Any, tuple[int, str]] = {
-    np.dtype(name).newbyteorder("<"): (rank, code)
-    for rank, (name, code) in enumerate(
-        [
-            ("uint64", "U64"),
-            ("int64", "I64"),
-            ("float64", "F64"),
-            ("float32", "F32"),
-            ("uint32", "U32"),
-            ("int32", "I32"),
-            ("float16", "F16"),
-            ("uint16", "U16"),
-            ("int16", "I16"),
-            ("int8", "I8"),
-            ("uint8", "U8"),
-            ("bool", "BOOL"),
-        ]
+_CODES: dict[Any, str] = {
+    np.dtype(name).newbyteorder("<"): code
+    for name, code in (
+        ("uint64", "U64"),
+        ("int64", "I64"),
+        ("float64", "F64"),
+        ("float32", "F32"),
+        ("uint32", "U32"),
+        ("int32", "I32"),
+        ("float16", "F16"),
+        ("uint16", "U16"),
+        ("int16", "I16"),
+        ("int8", "I8"),
+        ("uint8", "U8"),
+        ("bool", "BOOL"),
     )
 }
-"""The codes of safetensors, and the order in which it writes tensors: so that each is aligned."""
+"""The codes of safetensors, in the order in which it writes tensors: so that each is aligned."""
+_RANKS = {code: rank for rank, code in enumerate(_CODES.values())}
+
+
+def _stored(name: str, value: Array) -> Stored:
+    """Raises ValueError for an array of another type."""
+    code = _CODES.get(value.dtype)
+    if code is None:
+        value = value.astype(value.dtype.newbyteorder("<"))
+        code = _CODES.get(value.dtype)
+        if code is None:
+            raise ValueError(f"{name!r} is an array of {value.dtype}: numbers are expected")
+    return Stored(code, value.shape, value.tobytes())
 
 
 _meta_text = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
-def _encode(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
-    """The bytes that safetensors would write, which takes its time to learn where the arrays are.
+def _encode_arrays(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
+    return _encode(kind, meta, {name: _stored(name, value) for name, value in tensors.items()})
 
-    Raises ValueError for an array of another type.
-    """
+
+def _encode(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bytes:
+    """The bytes that safetensors would write, which takes its time to learn where they are."""
     # One metadata entry only: safetensors keeps no order among several.
     text = _meta_text({"format": kind, **meta})
-    ordered = []
-    for name, value in tensors.items():
-        if value.dtype not in _DTYPES:
-            value = value.astype(value.dtype.newbyteorder("<"))
-            if value.dtype not in _DTYPES:
-                raise ValueError(f"{name!r} is an array of {value.dtype}: numbers are expected")
-        ordered.append((_DTYPES[value.dtype], name, value))
-    ordered.sort(key=itemgetter(0, 1))
     header = [f'{{"__metadata__":{{"holdfast":{encode_basestring(text)}}}']
-    content: list[bytes | memoryview] = []
+    content: list[bytes] = []
     end = 0
-    for (_, code), name, value in ordered:
-        start, end = end, end + value.nbytes
-        shape = ",".join(map(str, value.shape))
+    for _, name in sorted((_RANKS[value.code], name) for name, value in tensors.items()):
+        code, shape, data = tensors[name]
+        start, end = end, end + len(data)
         header.append(
-            f'{encode_basestring(name)}:{{"dtype":"{code}","shape":[{shape}],'
+            f'{encode_basestring(name)}:{{"dtype":"{code}","shape":[{",".join(map(str, shape))}],'
             f'"data_offsets":[{start},{end}]}}'
         )
-        content.append(np.ascontiguousarray(value).data)
+        content.append(data)
     head = (",".join(header) + "}").encode()
     head += b" " * (-len(head) % 8)
     return b"".join([len(head).to_bytes(8, "little"), head, *content])

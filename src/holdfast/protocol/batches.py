@@ -57,7 +57,9 @@ class BatchRequest:
             raise InvalidMessageError("model_id is missing")
         if message.seq_id < 1:
             raise InvalidMessageError(f"seq_id {message.seq_id}: numbers begin at 1")
-        config: dict[str, float | str] = dict(message.loss_fn_config)
+        config: dict[str, float | str] = {}
+        for name in message.loss_fn_config:
+            config[name] = message.loss_fn_config[name]
         for name, value in message.loss_fn_config_v2.items():
             kind = value.WhichOneof("value")
             if kind is None:

@@ -266,6 +266,12 @@ class Tensor:
         dense[np.repeat(np.arange(self.shape[0]), np.diff(crow)), col] = values
         return dense
 
+    def dense(self, *, max_elements: int) -> Tensor:
+        """The same values, none left out, as float32, int64 or int32. Raises as `to_numpy` does."""
+        if self.csr is None and self.dtype != "bfloat16" and self.size <= max_elements:
+            return self
+        return Tensor.from_numpy(self.to_numpy(max_elements=max_elements))
+
 
 def finite(values: Sequence[float]) -> list[float | None]:
     """The values, with None for those that JSON does not have."""

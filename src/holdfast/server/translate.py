@@ -8,13 +8,13 @@ import numpy as np
 
 from holdfast.engine.payload import (
     Array,
-    Batch,
-    Datum,
     ForwardOutput,
     SampledSequence,
     SampleOutput,
     SampleRequest,
+    Stored,
     TopK,
+    encode_batch,
 )
 from holdfast.protocol import samples
 from holdfast.protocol.batches import BatchRequest, BatchResult
@@ -32,15 +32,20 @@ def batch_body(request: BatchRequest) -> bytes:
     data = []
     for index, datum in enumerate(request.data):
         try:
-            tokens = np.frombuffer(text_tokens(datum.model_input), dtype="<i4")
-            inputs = {
-                name: tensor.to_numpy(max_elements=MOST_ELEMENTS)
-                for name, tensor in datum.loss_fn_inputs.items()
-            }
+            tokens = text_tokens(datum.model_input)
+            inputs = {name: _stored(tensor) for name, tensor in datum.loss_fn_inputs.items()}
         except (InvalidMessageError, InvalidTensorError) as error:
             raise type(error)(f"datum {index}: {error.message}") from None
-        data.append(Datum(tokens, inputs))
-    return Batch(data, request.loss_fn, request.loss_fn_config).encode()
+        data.append((Stored("I32", (len(tokens) // 4,), tokens), inputs))
+    return encode_batch(data, request.loss_fn, request.loss_fn_config)
+
+
+_CODES = {"float32": "F32", "int64": "I64", "int32": "I32"}
+
+
+def _stored(tensor: Tensor) -> Stored:
+    dense = tensor.dense(max_elements=MOST_ELEMENTS)
+    return Stored(_CODES[dense.dtype], dense.shape, dense.data)
 
 
 def batch_result(body: bytes) -> BatchResult:
