@@ -44,9 +44,9 @@ LOCKS = frozenset(("Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore"
 UNLIMITED: dict[str, tuple[str, ...]] = {
     "the request that it is part of: server.answer_limit, ANSWER_TAKES": (
         "runs.copies:copy:self._checkpoints.creating(run_id)",
-        "runs.run:_submit:asyncio.to_thread(journal.digest, body)",
-        "runs.run:refuse:asyncio.shield(self._refuse(seq, kind, failure))",
-        "runs.run:submit:asyncio.shield(self._submit(seq, kind, body, first…",
+        "runs.run:_digest:asyncio.to_thread(journal.digest, body, like)",
+        "runs.run:_journal:asyncio.shield(write)",
+        "runs.run:_turn:lock.acquire()",
         "runs.service:_create:self._creating",
         "runs.service:_create:self.checkpoints.creating(model_id)",
         "runs.service:create:asyncio.shield(self._create(session, model_seq_id,…",
@@ -97,6 +97,8 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.engines:engine:asyncio.wait([starting])",
     ),
     "the operations before it, each on a worker": (
+        "runs.engines:computing:self._admits.wait()",
+        "runs.engines:engine:asyncio.wait([self._recycling])",
         "runs.driver:restore:receiving",
         "runs.gate:_change:self._changed.wait()",
         "runs.poison:executing:gate.alone() if is_quarantined(entry) else gate.am…",
@@ -115,10 +117,10 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.publishing:settled:asyncio.wait([self._tail])",
     ),
     "the catalog, which has to take it; polls are answered meanwhile": (
-        "catalog.database:write:future",
         "runs.last_state:keep_recovery_point:pauses(1.0, 60.0)",
         "runs.run:finish:asyncio.wait([self._driver])",
         "runs.run:finish:self._submitting",
+        "runs.run:forget_skipped:self._submitting",
         "runs.run:patiently:pauses(0.05)",
         "runs.run:recorded:asyncio.wait(list(self._recording.values()))",
     ),
@@ -139,7 +141,6 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
     "the stop: server.serve._End ends the process, and a worker's parent the worker": (
         "catalog.beside:close:self._thread.join()",
         "catalog.database:close:self._thread.join()",
-        "catalog.database:close:self._tidier.join()",
         "engine.worker:close:self._pool.shutdown()",
         "engine.worker:close:self._thread.join()",
         "runs.engines:close:asyncio.gather(*(host.close() for host in self._ho…",
@@ -160,7 +161,6 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.service:outcome:self.stopping.wait_for(self._outcome(request_id, o…",
         "runs.stopping:wait_for:asyncio.wait([task, done], return_when=asyncio.FIR…",
         "runs.stopping:wait_for:self.done.wait()",
-        "server.answer_limit:__call__:limit",
     ),
     "requests to the storage, which have a timeout: store.remote, _CLIENT": (
         "store.object_store:_hold:self._changing_pins",

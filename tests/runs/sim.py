@@ -194,13 +194,13 @@ class SimCatalog(Catalog):
         self._since_tidied = 0
         self._batch: list[database._Work[Any]] = []
 
-    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+    def begin_write(self, work: Callable[[sa.Connection], T]) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if not self._batch:
             loop.call_later(self._world.pause("commit"), self._commit_batch)
         self._batch.append(database._Work(work, loop, future))
-        return await future
+        return future
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         await asyncio.sleep(self._world.pause("read"))

@@ -131,17 +131,20 @@ class Catalog:
         Cancelling the caller does not take the write back. Raises CatalogUnavailable when nothing
         was stored and the same may work later.
         """
+        return await self.begin_write(work)
+
+    def begin_write(self, work: Callable[[sa.Connection], T]) -> asyncio.Future[T]:
+        """`write`, for a caller with something to do at its end: also when nobody waits any more.
+
+        Awaiting the future would cancel it with the one who waits; a shield does not.
+        """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        item = _Work(work, loop, future)
+        item = _Work(work, loop, loop.create_future())
         self._waiting.append(item)
         # Not at once: what this turn of the loop brings besides shares the commit.
         loop.call_soon(self._call_writer)
-        patience = loop.call_later(WRITE_WAITS, self._give_up, item)
-        try:
-            return await future
-        finally:
-            patience.cancel()
+        item.patience = loop.call_later(WRITE_WAITS, self._give_up, item)
+        return item.future
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` on a connection of its own, in a thread.
@@ -435,10 +438,15 @@ class _Work(Generic[T]):
     call: Callable[[sa.Connection], T]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[T]
+    patience: asyncio.TimerHandle | None = None
+    """Ends the wait for its turn."""
     result: T | None = None
     error: Exception | None = None
 
     def resolve(self) -> None:
+        """Tell whoever waits."""
+        if self.patience is not None:
+            self.patience.cancel()
         if self.future.done():
             return
         if self.error is not None:

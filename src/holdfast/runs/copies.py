@@ -69,8 +69,7 @@ class Copies:
             run_id = f"{session.id}:train:0"
         else:
             run_id = f"{destination.session.id}:train:{destination.model_seq_id}"
-        asked = {"copy": str(source), "ttl": ttl_seconds, "project": project_id}
-        body_hash = journal.digest(bodies.encode_json(asked))
+        asked = bodies.encode_json({"copy": str(source), "ttl": ttl_seconds, "project": project_id})
         copied = NameKey(run_id, source.kind, source.name)
         now = time.time()
         changed = dataclasses.replace(
@@ -84,12 +83,12 @@ class Copies:
             request_id=f"{run_id}:copy",
         )
         async with self._checkpoints.creating(run_id):
-            if await self._is_there(run_id, body_hash, idempotency_key):
+            if await self._is_there(run_id, asked, idempotency_key):
                 return copied
             await self._checkpoints.publish(changed)
             await self._catalog.write(
                 lambda c: stored.insert(
-                    c, changed, body_hash=body_hash, idempotency_key=idempotency_key
+                    c, changed, body_hash=journal.digest(asked), idempotency_key=idempotency_key
                 )
             )
         return copied
@@ -110,7 +109,7 @@ class Copies:
         await self._sessions.end(session.id, "success")
         return session
 
-    async def _is_there(self, run_id: str, body_hash: str, idempotency_key: str | None) -> bool:
+    async def _is_there(self, run_id: str, asked: bytes, idempotency_key: str | None) -> bool:
         row = await self._catalog.read(
             lambda c: c.execute(
                 sa.select(runs.c.body_hash, runs.c.idempotency_key).where(
@@ -121,7 +120,8 @@ class Copies:
         if row is None:
             return False
         same_key = idempotency_key is not None and row.idempotency_key == idempotency_key
-        if row.body_hash == body_hash and (same_key or row.idempotency_key is None):
+        same_body = journal.digest(asked, like=row.body_hash) == row.body_hash
+        if same_body and (same_key or row.idempotency_key is None):
             return True
         raise RunError(
             "model_exists",

@@ -286,9 +286,14 @@ class Driver:
             return
         run.note = f"waiting for request {gap.seq}, at most {left:.0f} s more"
         began, pause = time.monotonic(), min(left, _GAP_WATCHED_EVERY)
-        with suppress(TimeoutError):
+        run.awaited = gap.seq
+        try:
             async with asyncio.timeout(pause):
                 await run.wake.wait()
+        except TimeoutError:
+            pass
+        finally:
+            run.awaited = None
         if time.monotonic() - began - pause > 1.0:
             run.order.wait_anew()  # suspended: nobody could send it
 

@@ -195,6 +195,10 @@ class Order:
         same = known.body_hash == body_hash and known.kind == kind
         return Accept.DUPLICATE if same else Accept.CONFLICT
 
+    def knows(self, seq: int) -> bool:
+        """Whether a number has an entry still: it was not forgotten."""
+        return seq in self._entries
+
     def was_skipped(self, seq: int) -> bool:
         """Whether a number was given up and has not come since."""
         if seq in self._skipped:

@@ -246,7 +246,7 @@ class Recovery:
                         raise await self._broken_off(entry, error) from error
                     await self._diverged(entry)
                     return
-                if journal.digest(result) != record.result_hash:
+                if journal.digest(result, like=record.result_hash) != record.result_hash:
                     await self._diverged(entry)
 
     async def _broken_off(self, entry: Entry, error: EngineError) -> EngineError:

@@ -30,8 +30,9 @@ from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 
 T = TypeVar("T")
 
-_BODIES_IN_MEMORY = 64 << 20
-"""Bytes of bodies a run keeps at hand; those above are read from the journal when they are due."""
+_BODIES_IN_MEMORY = 256 << 10
+"""Bytes of bodies from which on a run keeps no more at hand: those are read from the journal when
+they are due. Many small ones that wait would cost more in memory than the reading does in time."""
 _OUTCOMES_IN_MEMORY = 16 << 20
 """Bytes of results a run keeps at hand for the first poll; the catalog has them all."""
 
@@ -111,6 +112,8 @@ class Run:
         self.order = order
         self.wake = asyncio.Event()
         """Set when something may have come up."""
+        self.awaited: int | None = None
+        """The missing number that the driver waits for: later ones do not change what comes up."""
         self.ended: Failure | None = None
         """Why the run takes no more operations."""
         self.closing = False
@@ -137,6 +140,8 @@ class Run:
         self._noted: Failure | None = None
         """The end that is noted durably: nothing more is taken, though it has not come yet."""
         self._submitting = asyncio.Lock()
+        self._writing: asyncio.Future[None] | None = None
+        """The write of the submission that has its turn."""
         self._driver: asyncio.Task[None] | None = None
 
     # --- Submissions -------------------------------------------------------------------------
@@ -156,16 +161,9 @@ class Run:
         ended; Unavailable when the server stops or the journal took nothing. A caller that goes
         away while it waits takes nothing back: what is journaled is also put in its place.
         """
-        return await asyncio.shield(self._submit(seq, kind, body, first))
-
-    async def _submit(
-        self, seq: int, kind: str, body: bytes, first: Callable[[Connection], object] | None
-    ) -> str:
         async with self._turn():
-            if len(body) < _HASHED_AT_ONCE:
-                body_hash = journal.digest(body)
-            else:
-                body_hash = await asyncio.to_thread(journal.digest, body)
+            recorded = self.order[seq].body_hash if self.order.knows(seq) else None
+            body_hash = await _digest(body, recorded)
             self._asked = time.monotonic()
             self.services.stopping.check()
             ended = self.ended or self._noted
@@ -197,7 +195,7 @@ class Run:
                     known = await self.services.catalog.read(
                         lambda c: journal.identity(c, self.key, seq)
                     )
-                    if known is not None and known != (kind, body_hash):
+                    if known is not None and known != (kind, await _digest(body, known[1])):
                         raise self._conflict(seq, known[0])
                 case Accept.LATE:
                     failure = Failure(
@@ -207,8 +205,7 @@ class Run:
                     )
                     await self._accept_late(seq, kind, body_hash, failure)
                 case Accept.DUPLICATE:
-                    pass
-        self.wake.set()
+                    self.wake.set()
         return self.key.request_id(seq)
 
     async def refuse(self, seq: int, kind: str, failure: Failure) -> None:
@@ -217,9 +214,6 @@ class Run:
         An operation that was accepted under that number stays as it is. Nobody waits for one that
         is far too high.
         """
-        await asyncio.shield(self._refuse(seq, kind, failure))
-
-    async def _refuse(self, seq: int, kind: str, failure: Failure) -> None:
         async with self._turn():
             self.services.stopping.check()
             if self.order.is_too_far(seq):
@@ -231,18 +225,24 @@ class Run:
 
             if self.ended is None and seq not in self.order:
                 entry = Entry(seq, kind, None, State.FAILED)
-                await self._journal(entry, failure=failure, first=note)
-                self.order.add(entry)
+                await self._journal(entry, self._enters(entry), failure=failure, first=note)
             elif self.order.was_skipped(seq):
                 await self._accept_late(seq, kind, None, failure)
         self.wake.set()
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """One submission after the other. Raises Unavailable when the one before takes too long."""
+        """One submission after the other. Raises Unavailable when the one before takes too long.
+
+        What is being written when its caller goes away is the one before until that has ended.
+        """
+        lock = self._submitting
         try:
-            async with asyncio.timeout(SUBMISSION_WAITS):
-                await self._submitting.acquire()
+            if lock.locked():
+                async with asyncio.timeout(SUBMISSION_WAITS):
+                    await lock.acquire()
+            else:
+                await lock.acquire()  # at once: most find it so, and a timeout has its price
         except TimeoutError:
             raise Unavailable(
                 "journal_unavailable",
@@ -252,19 +252,31 @@ class Run:
         try:
             yield
         finally:
-            self._submitting.release()
+            writing, self._writing = self._writing, None
+            if writing is None or writing.done():
+                lock.release()
+            else:
+                writing.add_done_callback(lambda _: lock.release())
 
     async def _accept(
         self, entry: Entry, body: bytes, first: Callable[[Connection], object] | None
     ) -> None:
         # It enters the order only when it is durable: what was not journaled is never executed.
-        await self._journal(entry, body=body, first=first)
+        def accepted(journaled: bool) -> None:
+            if journaled:
+                self._accepted(entry, body)
+
+        await self._journal(entry, accepted, body=body, first=first)
+
+    def _accepted(self, entry: Entry, body: bytes) -> None:
         failpoints.reach("submission.journaled")
         self.order.add(entry)
+        if self.awaited is None or entry.seq <= self.awaited:
+            self.wake.set()
         if self.ended is not None:  # meanwhile: what was pending then has failed
             self.settle(entry.seq, Outcome(entry.kind, failure=self.ended))
             return
-        if self._bodies_size + len(body) <= _BODIES_IN_MEMORY:
+        if self._bodies_size < _BODIES_IN_MEMORY:
             self._bodies[entry.seq] = body
             self._bodies_size += len(body)
 
@@ -288,25 +300,39 @@ class Run:
     ) -> None:
         # Durable before it has an effect that anybody could see: nothing begins meanwhile.
         position = self.order.hold()
-        try:
-            entry = Entry(seq, kind, body_hash, State.FAILED, late=True)
-            await self._journal(entry, failure=failure, mark_at=position)
-            self.order.arrived_late(seq, kind, body_hash)
-            if kind == FORWARD_BACKWARD:
-                self.order.add_late_mark(seq, position)
-        finally:
+
+        def ended(journaled: bool) -> None:
+            if journaled:
+                self.order.arrived_late(seq, kind, body_hash)
+                if kind == FORWARD_BACKWARD:
+                    self.order.add_late_mark(seq, position)
             self.order.go_on()
             self.wake.set()
+
+        entry = Entry(seq, kind, body_hash, State.FAILED, late=True)
+        await self._journal(entry, ended, failure=failure, mark_at=position)
+
+    def _enters(self, entry: Entry) -> Callable[[bool], None]:
+        """What there is to do with an entry that is settled as soon as it is journaled."""
+
+        def ended(journaled: bool) -> None:
+            if journaled:
+                self.order.add(entry)
+                self.wake.set()
+
+        return ended
 
     async def _journal(
         self,
         entry: Entry,
+        ended: Callable[[bool], None],
         *,
         body: bytes | None = None,
         failure: Failure | None = None,
         mark_at: int | None = None,
         first: Callable[[Connection], object] | None = None,
     ) -> None:
+        """Write an entry down. `ended` is told whether it was, also when the caller is gone."""
         now, wall = self.services.clock.now(), time.time()
         note = abs(wall - self._request_noted) >= _REQUEST_NOTED_EVERY
 
@@ -325,14 +351,20 @@ class Run:
                 mark_at=mark_at,
             )
 
-        try:
-            await self.services.catalog.write(work)
-        except CatalogUnavailable as error:
-            if entry.seq < self.order.highest and entry.seq not in self.order:
+        def written(write: asyncio.Future[None]) -> None:
+            journaled = write.exception() is None
+            if journaled and note:
+                self._request_noted = wall
+            if not journaled and entry.seq < self.order.highest and entry.seq not in self.order:
                 self.order.wait_anew()  # it is missing because it was not taken: it comes again
+            ended(journaled)
+
+        write = self._writing = self.services.catalog.begin_write(work)
+        write.add_done_callback(written)
+        try:
+            await asyncio.shield(write)
+        except CatalogUnavailable as error:
             raise Unavailable("journal_unavailable", str(error)) from error
-        if note:
-            self._request_noted = wall
 
     # --- Outcomes ----------------------------------------------------------------------------
 
@@ -513,9 +545,8 @@ class Run:
                 case _:  # it came at the last moment, or would have if it could have been taken
                     return
             entry = Entry(seq, MISSING, None, State.SKIPPED)
-            await self._journal(entry)
+            await self._journal(entry, self._enters(entry))
             self.log.warning("number skipped: it never came", seq=seq)
-            self.order.add(entry)
 
     async def forget_skipped(self, seqs: Iterable[int]) -> None:
         """The journal has removed these skipped numbers: their requests come no more."""
@@ -634,6 +665,12 @@ async def persistently(call: Callable[[], Awaitable[T]], log: structlog.BoundLog
                 raise
             log.warning("the storage is tried again", error=error.message)
         await asyncio.sleep(pause)
+
+
+async def _digest(body: bytes, like: str | None) -> str:
+    if len(body) < _HASHED_AT_ONCE:
+        return journal.digest(body, like)
+    return await asyncio.to_thread(journal.digest, body, like)
 
 
 async def patiently(call: Callable[[], Awaitable[T]], log: structlog.BoundLogger = _log) -> T:

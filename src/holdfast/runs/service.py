@@ -234,7 +234,7 @@ class Runs:
         """
         self.engines[base_model]
         asked = {"base_model": base_model, "lora": dict(lora), "optimizer": optimizer}
-        body_hash = journal.digest(bodies.encode_json({**asked, "metadata": user_metadata}))
+        asked_for = bodies.encode_json({**asked, "metadata": user_metadata})
         seed = lora["seed"]
         drawn = secrets.randbits(31) if seed is None else seed
         config = RunConfig(base_model, LoraConfig(**{**lora, "seed": drawn}), optimizer)
@@ -246,7 +246,7 @@ class Runs:
                 Create.of(config),
                 config,
                 user_metadata,
-                body_hash,
+                asked_for,
                 idempotency_key,
             )
         )
@@ -263,10 +263,9 @@ class Runs:
         """Create a run from a checkpoint, which its first operation reads."""
         if body.base_model is not None:
             self.engines[body.base_model]
-        body_hash = journal.digest(body.encode())
         return await asyncio.shield(
             self._create(
-                session, model_seq_id, body, None, user_metadata, body_hash, idempotency_key
+                session, model_seq_id, body, None, user_metadata, body.encode(), idempotency_key
             )
         )
 
@@ -277,7 +276,7 @@ class Runs:
         body: Body,
         config: RunConfig | None,
         user_metadata: dict[str, str] | None,
-        body_hash: str,
+        asked_for: bytes,
         idempotency_key: str | None,
     ) -> Run:
         model_id = f"{session.id}:train:{model_seq_id}"
@@ -290,7 +289,10 @@ class Runs:
                 same_request = (
                     idempotency_key is not None and idempotency_key == history.idempotency_key
                 )
-                same_body = body_hash == history.body_hash and not history.anything_failed
+                same_body = (
+                    journal.digest(asked_for, like=history.body_hash) == history.body_hash
+                    and not history.anything_failed
+                )
                 if before is not None and (same_request or same_body):
                     return before.run
                 if history.anything_done:
@@ -313,7 +315,7 @@ class Runs:
                 "base_model": None if config is None else config.base_model,
                 "config": None if config is None else bodies.config_as_json(config),
                 "user_metadata": user_metadata,
-                "body_hash": body_hash,
+                "body_hash": journal.digest(asked_for),
                 "idempotency_key": idempotency_key,
                 "corrupted": False,
             }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import dataclass, field
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,8 +13,20 @@ from holdfast.server.failures import refusal
 
 ANSWER_TAKES = 180.0
 """Seconds. What a poll waits for takes less, by limits of its own: it is not answered so."""
+_LOOKS = 20
+"""Times that is looked in so many seconds: one timer serves all requests."""
 
 _log = structlog.get_logger("holdfast.server")
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One of which nothing is answered yet."""
+
+    task: asyncio.Task[None]
+    received: float = field(default_factory=time.monotonic)
+    """When the last of it came."""
+    is_given_up: bool = False
 
 
 class AnswerLimit:
@@ -24,34 +38,51 @@ class AnswerLimit:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._open: set[_Request] = set()
+        self._is_watching = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        loop = asyncio.get_running_loop()
-        limit = asyncio.timeout(ANSWER_TAKES)
-        is_answered = False
+        task = asyncio.current_task()
+        assert task is not None
+        request = _Request(task)
+        self._open.add(request)
+        if not self._is_watching:
+            self._is_watching = True
+            self._look_later()
 
         async def received() -> Message:
             message = await receive()
-            if not is_answered:
-                limit.reschedule(loop.time() + ANSWER_TAKES)
+            request.received = time.monotonic()
             return message
 
         async def answered(message: Message) -> None:
-            nonlocal is_answered
-            if not is_answered:
-                is_answered = True
-                limit.reschedule(None)
+            self._open.discard(request)
             await send(message)
 
         try:
-            async with limit:
-                await self._app(scope, received, answered)
-        except TimeoutError:
-            if not limit.expired():
+            await self._app(scope, received, answered)
+        except asyncio.CancelledError:
+            if not request.is_given_up or task.uncancel():
                 raise
             _log.error("a request was not answered in time", path=scope["path"])
             late = f"the server has come to no answer within {ANSWER_TAKES:.0f} s: send this again"
             await refusal(503, late, "not_answered", "server")(scope, receive, send)
+        finally:
+            self._open.discard(request)
+
+    def _look_later(self) -> None:
+        asyncio.get_running_loop().call_later(ANSWER_TAKES / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        before = time.monotonic() - ANSWER_TAKES
+        for request in [request for request in self._open if request.received < before]:
+            self._open.discard(request)
+            request.is_given_up = True
+            request.task.cancel()
+        if self._open:
+            self._look_later()
+        else:
+            self._is_watching = False

@@ -10,7 +10,6 @@ from google.protobuf.message import DecodeError
 
 from holdfast.protocol import tinker_public_pb2 as pb
 from holdfast.protocol.errors import HoldfastError
-from holdfast.protocol.futures import FutureHandle
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure
 from holdfast.runs.service import Runs
@@ -42,7 +41,7 @@ async def submit(
             await run.refuse(seq_id, kind, Failure(error.code, error.message))
         raise
     request_id = await run.submit(seq_id, kind, encoded)
-    return FutureHandle(request_id=request_id, model_id=model_id).to_json()
+    return {"request_id": request_id, "model_id": model_id}  # a FutureHandle
 
 
 async def refuse_unread(
