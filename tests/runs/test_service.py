@@ -613,8 +613,11 @@ class Clients(Trouble):
             self.everything_ends()
             self._check_checkpoints()
             self._check_logs()
-            self._world.let(10.0)
-            assert len(self._world.runs.samplers._waiting) == 0
+            waiting = self._world.runs.samplers._waiting
+            until = self._now + 10.0 + HUNG_AFTER + 60  # a worker that hangs is found by then
+            while waiting and self._now < until:
+                self._world.let(10.0)
+            assert len(waiting) == 0
         finally:
             self.close()
 
