@@ -46,7 +46,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.copies:copy:self._checkpoints.creating(run_id)",
         "runs.run:_digest:asyncio.to_thread(journal.digest, body, like)",
         "runs.run:_journal:asyncio.shield(write)",
-        "runs.run:_turn:lock.acquire()",
+        "runs.run:_turn:self._submitting.acquire()",
         "runs.service:_create:self._creating",
         "runs.service:_create:self.checkpoints.creating(model_id)",
         "runs.service:create:asyncio.shield(self._create(session, model_seq_id,…",

@@ -83,6 +83,43 @@ def test_a_submission_waits_half_a_minute_for_one_that_hangs_in_the_catalog(
         assert outcome is not None and outcome.failure is None
 
 
+def test_nor_for_longer_when_it_comes_as_the_turn_changes(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is free for a moment then, and somebody waits for it."""
+    world, (run,) = clients._world, clients.all
+    requests = clients._next_requests(run, 3, 1)
+    commits, honest = iter((10.0,)), world.pause
+
+    def pause(what: str) -> float:
+        return next(commits, HOUR) if what == "commit" else honest(what)
+
+    async def send() -> float:
+        live = await world.runs.live(run.id, OWNER)
+        first, second, third = [
+            live.submit(op.seq, FORWARD_BACKWARD, op.body)
+            for op in requests
+            if isinstance(op.body, bytes)
+        ]
+        with monkeypatch.context() as changes:
+            changes.setattr(world, "pause", pause)
+            sent = [asyncio.create_task(first)]
+            await asyncio.sleep(1.0)
+            assert live._writing is not None
+            live._writing.add_done_callback(lambda _: sent.append(asyncio.create_task(third)))
+            sent.insert(1, asyncio.create_task(second))
+            await asyncio.sleep(10.0)
+            began = world.clock.now
+            assert [task.done() for task in sent] == [True, False, False]
+            with pytest.raises(Unavailable, match="has not been journaled"):
+                await sent[2]
+            assert not sent[1].done()
+            sent[1].cancel()
+            return world.clock.now - began
+
+    assert world.loop.run_until_complete(send()) <= SUBMISSION_WAITS
+
+
 def failure_of(clients: Clients, kind: str, body: Save | Load, within: float) -> Failure | None:
     """That of an operation, or None, which it must have within so many seconds."""
     (run,) = clients.all

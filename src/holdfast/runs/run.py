@@ -140,6 +140,8 @@ class Run:
         self._noted: Failure | None = None
         """The end that is noted durably: nothing more is taken, though it has not come yet."""
         self._submitting = asyncio.Lock()
+        self._turns = 0
+        """Submissions that have that lock, or wait for it."""
         self._writing: asyncio.Future[None] | None = None
         """The write of the submission that has its turn."""
         self._driver: asyncio.Task[None] | None = None
@@ -236,14 +238,17 @@ class Run:
 
         What is being written when its caller goes away is the one before until that has ended.
         """
-        lock = self._submitting
+        self._turns += 1
         try:
-            if lock.locked():
-                async with asyncio.timeout(SUBMISSION_WAITS):
-                    await lock.acquire()
+            if self._turns == 1:  # most find it so, and a timeout has its price
+                await self._submitting.acquire()
             else:
-                await lock.acquire()  # at once: most find it so, and a timeout has its price
-        except TimeoutError:
+                async with asyncio.timeout(SUBMISSION_WAITS):
+                    await self._submitting.acquire()
+        except BaseException as error:
+            self._turns -= 1
+            if not isinstance(error, TimeoutError):
+                raise
             raise Unavailable(
                 "journal_unavailable",
                 f"the request before this one has not been journaled for {SUBMISSION_WAITS:.0f} s; "
@@ -254,9 +259,13 @@ class Run:
         finally:
             writing, self._writing = self._writing, None
             if writing is None or writing.done():
-                lock.release()
+                self._end_turn()
             else:
-                writing.add_done_callback(lambda _: lock.release())
+                writing.add_done_callback(lambda _: self._end_turn())
+
+    def _end_turn(self) -> None:
+        self._turns -= 1
+        self._submitting.release()
 
     async def _accept(
         self, entry: Entry, body: bytes, first: Callable[[Connection], object] | None

@@ -143,7 +143,8 @@ class Samplers:
         self._engines = engines
         self._stopping = stopping
         self._clock = clock
-        self._started = clock.now()
+        self._started: float | None = None
+        """When this server first looked for what is unused."""
         self._used: dict[str, float] = {}
         """When samplers were created or asked for, as far as that was within `UNUSED_KEPT`."""
         self._releasing: frozenset[str] = frozenset()
@@ -365,7 +366,10 @@ class Samplers:
         rows = await self._catalog.read(
             lambda c: c.execute(sa.select(ranked).where(ranked.c.number > NEWEST_KEPT)).all()
         )
-        since = self._clock.now() - UNUSED_KEPT
+        now = self._clock.now()
+        if self._started is None:
+            self._started = now
+        since = now - UNUSED_KEPT
         self._used = {id: used for id, used in self._used.items() if used > since}
         if not rows or self._started > since:  # the server before may have been asked for them
             return
