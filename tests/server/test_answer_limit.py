@@ -93,13 +93,13 @@ async def test_what_a_client_takes_for_its_part_does_not_count() -> None:
         return StreamingResponse(pieces())
 
     async def slowly() -> AsyncIterator[bytes]:
-        for _ in range(4):
-            await asyncio.sleep(LIMIT / 2)
+        for _ in range(3):
+            await asyncio.sleep(LIMIT)
             yield b"x"
 
     async with client_of(AnswerLimit(app)) as client:
         answer = await client.post("/", content=slowly())
-        assert (answer.status_code, answer.content) == (200, b"x" * 16)
+        assert (answer.status_code, answer.content) == (200, b"x" * 12)
 
 
 async def test_a_handler_that_is_given_up_is_told() -> None:

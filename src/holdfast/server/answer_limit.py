@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -25,7 +26,8 @@ class _Request:
 
     task: asyncio.Task[None]
     received: float = field(default_factory=time.monotonic)
-    """When the last of it came."""
+    """When the last of it came that was read."""
+    is_incomplete: bool = True
     is_given_up: bool = False
 
 
@@ -54,8 +56,11 @@ class AnswerLimit:
             self._look_later()
 
         async def received() -> Message:
+            if request.is_incomplete:
+                request.received = math.inf  # it is the client who is waited for
             message = await receive()
             request.received = time.monotonic()
+            request.is_incomplete = message.get("more_body", False)
             return message
 
         async def answered(message: Message) -> None:

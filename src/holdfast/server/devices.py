@@ -27,5 +27,5 @@ def why_not(device: str, *, gpus: Path = _NVIDIA, torch: str | None = None) -> s
     if gpus.is_dir():
         there = len(list(gpus.iterdir()))
         if int(number or 0) >= there:
-            return f"this machine has {there} GPUs, numbered from cuda:0"
+            return f"this machine has {there} GPU{'' if there == 1 else 's'}, numbered from cuda:0"
     return None
