@@ -165,7 +165,7 @@ def test_what_is_no_time_is_told_with_times_that_are(text: str) -> None:
     ("key", "words"),
     [
         ("prot", "'prot'; did you mean port or host?"),
-        ("adapter_memmory", "'adapter_memmory'; did you mean adapter-memory?"),
+        ("adapter_memmory", "'adapter_memmory'; did you mean adapter-memory or "),
         ("xyzzy", "'xyzzy'; known are adapter-memory, catalog, data-dir, "),
     ],
 )
