@@ -16,10 +16,10 @@ from holdfast.catalog.tables import operations, runs, sessions, snapshots
 from holdfast.engine.interface import EngineError
 from holdfast.runs import bodies, journal
 from holdfast.runs.bodies import CreateFromState, Save
+from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.driver import Driver
-from holdfast.runs.errors import RunError
+from holdfast.runs.errors import Reason, RunError, Waiting, storage_failed
 from holdfast.runs.journal import Failure, Outcome, RunKey
-from holdfast.runs.last_state import NOT_STORED
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.run import Run
 from holdfast.runs.service import RunRecord
@@ -413,9 +413,59 @@ def test_a_last_state_is_no_older_one_because_the_storage_took_nothing_for_an_ho
     clients._check_checkpoints()
 
 
-def test_whatever_the_storage_takes_nothing_for_is_waited_for() -> None:
-    kinds: list[type[Unavailable]] = [Unavailable, *Unavailable.__subclasses__()]
-    assert {kind.code for kind in kinds} <= NOT_STORED
+@pytest.mark.parametrize("lasts", [300.0, 1000.0])
+def test_a_last_state_is_no_older_one_because_the_store_did_not_answer(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, lasts: float
+) -> None:
+    """Longer than a call of it is waited for, which goes on."""
+    world = clients._world
+    monkeypatch.setattr(Publisher, "due", False)
+    honest, asked = Checkpoints._in_thread, []
+
+    async def in_thread(self: Checkpoints, call: Callable[..., Any], *args: Any) -> Any:
+        if not clients.sessions and call == self.store.publish:
+            asked.append(world.clock.now)
+            await asyncio.sleep(asked[0] + lasts - world.clock.now)
+        return await honest(call, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoints, "_in_thread", in_thread)
+    end_after_a_snapshot(clients)
+    world.let(lasts)
+    assert last_states(clients) == []
+    world.let(500.0)
+    assert last_states(clients) == [8]
+    assert state_of(clients) == "unloaded"
+    assert "last state" not in detail_of(clients)
+    clients._check_checkpoints()
+
+
+UNAVAILABLE: list[type[Unavailable]] = [Unavailable, *Unavailable.__subclasses__()]
+
+
+def a_refusal(reason: Reason) -> RunError:
+    return RunError("of_whatever_code", "", reason=reason)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        a_refusal("unavailable"),
+        Waiting(a_refusal("unavailable")),
+        *(EngineError(kind.code, "") for kind in UNAVAILABLE),
+    ],
+)
+def test_whatever_the_storage_takes_nothing_for_is_waited_for(
+    error: RunError | EngineError,
+) -> None:
+    assert storage_failed(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [a_refusal("damaged"), Waiting(a_refusal("not_found")), EngineError("out_of_memory", "")],
+)
+def test_nothing_else_is_laid_to_the_storage(error: RunError | EngineError) -> None:
+    assert not storage_failed(error)
 
 
 def test_a_last_state_that_can_only_be_an_older_one_is_said_to_be_so(

@@ -13,9 +13,8 @@ from holdfast.engine.interface import Engine, EngineError, RunConfig, WorkerDied
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load, OptimStep
 from holdfast.runs.engines import NotLoaded, StateGone
-from holdfast.runs.errors import RunError, Unavailable
+from holdfast.runs.errors import RunError, Unavailable, storage_failed
 from holdfast.runs.journal import Failure, Outcome
-from holdfast.runs.last_state import NOT_STORED
 from holdfast.runs.order import Entry, Gap, State
 from holdfast.runs.placement import Placement
 from holdfast.runs.poison import EndsServer, count_death, executing, is_last, left
@@ -166,7 +165,7 @@ class Driver:
                 self._placement.lost()
                 attempts += 1
             except (EngineError, RunError) as error:
-                is_storage = error.code in NOT_STORED
+                is_storage = storage_failed(error)
                 pause = next(until_stored if is_storage else again, None)
                 if pause is None or (isinstance(error, RunError) and not is_storage):
                     raise

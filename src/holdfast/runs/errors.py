@@ -1,4 +1,4 @@
-"""What a run refuses or fails with.
+"""What a run refuses or fails with, and which of it is the storage's or the catalog's.
 
 RunError                 a definite answer: nothing was changed but what it says
 └── Unavailable          not now: nothing was stored, the same request may be sent again
@@ -7,6 +7,9 @@ RunError                 a definite answer: nothing was changed but what it says
 from __future__ import annotations
 
 from typing import Literal
+
+from holdfast.engine.interface import EngineError
+from holdfast.store import is_unavailable
 
 Category = Literal["user", "server"]
 Reason = Literal["invalid", "not_found", "forbidden", "conflict", "gone", "damaged", "unavailable"]
@@ -38,6 +41,25 @@ class Unavailable(RunError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message, reason="unavailable", category="server")
+
+
+class Waiting(EngineError):
+    """`found` keeps a recovery waiting, whatever it was that was asked."""
+
+    def __init__(self, found: RunError | EngineError) -> None:
+        super().__init__(found.code, found.message, found.category)
+        self.found = found
+
+
+def storage_failed(error: RunError | EngineError) -> bool:
+    """Whether the storage or the catalog failed, so that the same may succeed later."""
+    match error:
+        case Waiting():
+            return storage_failed(error.found)
+        case RunError():
+            return error.reason == "unavailable"
+        case _:
+            return is_unavailable(error.code)
 
 
 def stopping() -> Unavailable:

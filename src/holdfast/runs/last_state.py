@@ -8,21 +8,9 @@ import time
 
 from holdfast.catalog import CatalogUnavailable
 from holdfast.runs import bodies, journal
-from holdfast.runs.errors import RunError
+from holdfast.runs.errors import RunError, storage_failed
 from holdfast.runs.run import Run
 from holdfast.store.retries import pauses
-
-NOT_STORED = frozenset(
-    {
-        "storage_unavailable",
-        "disk_full",
-        "read_only",
-        "no_access",
-        "io_failed",
-        "catalog_unavailable",
-    }
-)
-"""Failures of the storage or the catalog, after which the same may be stored later."""
 
 
 async def keep_recovery_point(run: Run, expires: float) -> int | None:
@@ -39,7 +27,7 @@ async def keep_recovery_point(run: Run, expires: float) -> int | None:
         try:
             return await _keep(run, expires)
         except (RunError, CatalogUnavailable) as error:
-            if isinstance(error, RunError) and error.reason != "unavailable":
+            if isinstance(error, RunError) and not storage_failed(error):
                 run.log.error("the last state is not kept", error=error.message)
                 return None
             run.log.warning("the last state is not kept yet", error=str(error))

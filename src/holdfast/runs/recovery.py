@@ -13,7 +13,7 @@ from holdfast.engine.interface import OPTIMIZER_STATE, EngineError, RunConfig, W
 from holdfast.runs import bodies, journal, loading
 from holdfast.runs.bodies import Create, CreateFromState, Load
 from holdfast.runs.engines import Host
-from holdfast.runs.errors import RunError
+from holdfast.runs.errors import RunError, Waiting
 from holdfast.runs.journal import Failure, Record
 from holdfast.runs.order import Entry, State
 from holdfast.runs.placement import Placement
@@ -143,7 +143,7 @@ class Recovery:
                 if error.code in UNREADABLE and self._stays_unreadable():
                     unreadable = error
                 elif error.code not in DAMAGE:
-                    raise _waiting(error) from error
+                    raise Waiting(error) from error
                 run.log.error("snapshot not usable", seq=seq, error=error.message)
                 damaged[seq] = error.message
                 continue
@@ -157,7 +157,7 @@ class Recovery:
             await self._restored(host, life, -1, [p for p in points if p[0] in damaged])
             return False
         if unreadable is not None:
-            raise _waiting(unreadable)
+            raise Waiting(unreadable)
         found = "; ".join(f"at position {seq}: {message}" for seq, message in damaged.items())
         await self._stop(
             "state_lost", f"none of the snapshots of run {run.key} can be read any more ({found})"
@@ -201,7 +201,7 @@ class Recovery:
         try:
             return self._run.services.engines[config.base_model]
         except RunError as error:
-            raise _waiting(error) from error
+            raise Waiting(error) from error
 
     def _stays_unreadable(self) -> bool:
         """Whether the storage has failed for a while: that is no passing shortage any more."""
@@ -325,7 +325,7 @@ class Recovery:
             await self._driver.restore(entry, manifest, config, body)
         except (RunError, EngineError) as error:
             if error.code not in DAMAGE:
-                raise _waiting(error) from error
+                raise Waiting(error) from error
             await self._stop(
                 "state_lost",
                 f"request {entry.seq} of run {self._run.key} loaded 'tinker://{body.key}' and "
@@ -403,8 +403,3 @@ class Recovery:
                 else f"create a new client from its last intact checkpoint, 'tinker://{intact}'"
             )
         run.end(Failure(code, f"{message}; {advice}", "server"))
-
-
-def _waiting(error: RunError | EngineError) -> EngineError:
-    """An error that keeps a recovery waiting."""
-    return EngineError(error.code, error.message, error.category)

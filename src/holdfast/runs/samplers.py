@@ -24,12 +24,11 @@ from holdfast.runs import journal
 from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.clock import ServingClock
 from holdfast.runs.engines import Engines, Host, NotLoaded
-from holdfast.runs.errors import RunError, Unavailable, not_found
+from holdfast.runs.errors import RunError, Unavailable, not_found, storage_failed
 from holdfast.runs.journal import Failure, Outcome
 from holdfast.runs.run import persistently
 from holdfast.runs.stopping import Stopping
 from holdfast.store import Blob, NameKey
-from holdfast.store import Unavailable as StoreUnavailable
 
 MOST_WAITING = 40_000
 """Requests without an answer, at a time: of all owners together ..."""
@@ -50,12 +49,6 @@ _BASE_MODEL_WAITED_FOR = 600.0
 _BASE_MODEL_PAUSE = 5.0
 _LOADING_WAITED_FOR = 30.0
 """Seconds: clients give up a request after a minute."""
-
-_STORAGE_FAILED = {
-    StoreUnavailable.code,
-    *(kind.code for kind in StoreUnavailable.__subclasses__()),
-}
-"""Codes of what a worker fails with when it cannot read the weights for the moment."""
 
 _log = structlog.get_logger("holdfast.samplers")
 
@@ -469,7 +462,7 @@ async def _compute(host: Host, files: Mapping[str, Blob] | None, body: bytes) ->
         async with host.computing() as (engine, _):
             return await engine.sample(files, body)
     except EngineError as error:
-        if error.code not in _STORAGE_FAILED:
+        if not storage_failed(error):
             raise
         raise RunError(
             error.code, error.message, reason="unavailable", category="server"

@@ -28,6 +28,7 @@ from holdfast.store.errors import (
     StoreError,
     Unavailable,
     UnsupportedFormat,
+    is_unavailable,
 )
 from holdfast.store.local import LocalStore
 from holdfast.store.model import Blob, Incomplete, LoraConfig, Manifest, NameKey
@@ -70,6 +71,7 @@ __all__ = [
     "VerifyReport",
     "check_url",
     "import_archive",
+    "is_unavailable",
     "open_store",
     "put_file",
 ]

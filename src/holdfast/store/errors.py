@@ -137,6 +137,12 @@ class IOFailed(Unavailable):
     code = "io_failed"
 
 
+def is_unavailable(code: str) -> bool:
+    """Whether that is the `code` of an `Unavailable`, of which another process tells."""
+    kinds: list[type[Unavailable]] = [Unavailable, *Unavailable.__subclasses__()]
+    return code in {kind.code for kind in kinds}
+
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
