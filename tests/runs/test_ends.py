@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 from collections.abc import Callable, Coroutine, Iterator
 from itertools import count
@@ -335,8 +336,13 @@ def test_the_newest_snapshot_is_the_last_state_that_no_worker_gives(clients: Cli
     train(clients)
     clients._world.let(15.0)
     end_without_a_worker(clients)
+    ended = clients._world.clock.time()
     clients._world.let(400.0)
     assert last_states(clients) == [6]
+    (manifest_id,) = (id for _, id in clients._world.store.names())
+    last = clients._world.store.read_manifest(manifest_id)
+    assert last.created >= ended
+    assert last.expires == last.created + clients._world.runs.lifetimes.last_state_kept
     clients._check_checkpoints()
     assert state_of(clients) == "unloaded"
     assert rows(clients, snapshots) == 0
@@ -411,6 +417,31 @@ def test_a_last_state_is_no_older_one_because_the_storage_took_nothing_for_an_ho
     assert state_of(clients) == "unloaded"
     assert "last state" not in detail_of(clients)
     clients._check_checkpoints()
+
+
+@pytest.mark.parametrize("what", ["put_blob", "publish"])
+def test_a_last_state_is_kept_from_when_it_is_stored(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Also where that is later than the time for which it is kept."""
+    world, kept = clients._world, 3600.0
+    world.runs.lifetimes = dataclasses.replace(world.runs.lifetimes, last_state_kept=kept)
+    monkeypatch.setattr(Publisher, "due", False)
+    with monkeypatch.context() as planted:
+        honest = getattr(LocalStore, what)
+        planted.setattr(
+            LocalStore, what, lambda *args: honest(*args) if clients.sessions else full()
+        )
+        end_after_a_snapshot(clients)
+        world.let(2 * kept)
+    world.let(200.0)
+    (key,) = (key for key, _ in world.store.names())
+    last = world.store.read_manifest(dict(world.store.names())[key])
+    assert last.expires is not None
+    assert kept - 200.0 < last.expires - world.clock.time() <= kept
+    world.let(kept - 300.0)
+    _, found = clients._do(lambda: world.runs.checkpoints.resolve(key, [OWNER]))
+    assert found == last
 
 
 @pytest.mark.parametrize("lasts", [300.0, 1000.0])

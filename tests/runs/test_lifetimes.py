@@ -62,9 +62,9 @@ def test_the_last_state_of_an_expired_session_is_kept(clients: Clients, what: st
 def test_the_last_state_is_lost_when_only_a_worker_that_holds_it_is_asked(
     clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def keep(driver: Driver, expires: float) -> bool:
+    async def keep(driver: Driver, kept: float) -> bool:
         if driver._placement.held:
-            await driver._publisher.keep_as("auto.3", expires)
+            await driver._publisher.keep_as("auto.3", kept)
         return True
 
     monkeypatch.setattr(Driver, "keep_last_state", keep)

@@ -143,9 +143,10 @@ class Driver:
         if host is not None and self._placement.held and not self._state_is_known:
             host.kill()
 
-    async def keep_last_state(self, expires: float) -> bool:
+    async def keep_last_state(self, kept: float) -> bool:
         """Keep the state of a run that has ended as a checkpoint, if it was trained at all.
 
+        For `kept` seconds from when it is stored, which it is tried to be for up to a day.
         False when a worker could not be given the state: its snapshots are what there is. So they
         are after an EngineError or RunError.
         """
@@ -158,7 +159,7 @@ class Driver:
             try:
                 if await self._catch_up():
                     if self._publisher.changed_at >= 1:
-                        await self._publisher.keep_as(f"auto.{order.position}", expires)
+                        await self._publisher.keep_as(f"auto.{order.position}", kept)
                     return True
                 attempts += 1
             except WorkerDied:

@@ -13,19 +13,20 @@ from holdfast.runs.run import Run
 from holdfast.store.retries import pauses
 
 
-async def keep_recovery_point(run: Run, expires: float) -> int | None:
+async def keep_recovery_point(run: Run, kept: float) -> int | None:
     """Publish the newest intact snapshot of an ended run as its `auto.SEQ`; its position.
 
-    None when there is none; where nothing was done with the run, none is needed. Tried again for as
-    long as store and catalog are not available; until it has succeeded, the run's row does not say
-    that it has ended, so that a restart tries it, too.
+    It is `kept` for so many seconds from then on. None when there is none; where nothing was done
+    with the run, none is needed. Tried again for as long as store and catalog are not available;
+    until it has succeeded, the run's row does not say that it has ended, so that a restart tries
+    it, too.
     """
     if run.order.reached < 1:
         return run.order.reached
     again = pauses(1.0, 60.0)
     while True:
         try:
-            return await _keep(run, expires)
+            return await _keep(run, kept)
         except (RunError, CatalogUnavailable) as error:
             if isinstance(error, RunError) and not storage_failed(error):
                 run.log.error("the last state is not kept", error=error.message)
@@ -46,18 +47,19 @@ def what_it_lacks(run: Run, position: int) -> str:
     )
 
 
-async def _keep(run: Run, expires: float) -> int | None:
+async def _keep(run: Run, kept: float) -> int | None:
     checkpoints = run.services.checkpoints
     points = await run.services.catalog.read(lambda c: journal.recovery_points(c, run.key))
     for seq, manifest_id in points:
         if not await checkpoints.intact(manifest_id):
             run.log.error("snapshot not usable", seq=seq)
             continue
+        now = time.time()
         last = dataclasses.replace(
             await checkpoints.manifest(manifest_id),
             name=f"auto.{seq}",
-            created=time.time(),
-            expires=expires,
+            created=now,
+            expires=now + kept,
             parent=manifest_id,
         )
         await checkpoints.publish(last, replace=True)

@@ -341,12 +341,15 @@ class Publisher:
 
     # --- Both --------------------------------------------------------------------------------
 
-    async def keep_as(self, name: str, expires: float) -> None:
-        """Publish the current state as a checkpoint, for a run that has ended."""
+    async def keep_as(self, name: str, kept: float) -> None:
+        """Publish the current state as a checkpoint, for a run that has ended.
+
+        It is `kept` for so many seconds from then on.
+        """
         seq = self._run.order.position
         copy = await self._capture(optimizer=True)
         captured = await copy.capture.written()
-        manifest = self.manifest(captured, copy.info, seq, name=name, expires=expires)
+        manifest = self.manifest(captured, copy.info, seq, name=name, expires=time.time() + kept)
         await self._publish(manifest, replace=True)
 
     async def _capture(self, *, optimizer: bool) -> _Copy:

@@ -629,15 +629,15 @@ class Runs:
         The position that it is of; None when neither can be had.
         """
         run, driver = live.run, live.driver
-        expires = time.time() + self.lifetimes.last_state_kept
+        kept = self.lifetimes.last_state_kept
         try:
-            if await driver.keep_last_state(expires):
+            if await driver.keep_last_state(kept):
                 return run.order.reached
         except Exception as error:
             run.log.warning("no worker gives the last state", error=str(error))
         if driver.diverged:
             return None
-        return await last_state.keep_recovery_point(run, expires)
+        return await last_state.keep_recovery_point(run, kept)
 
     async def _housekeeping(self) -> None:
         keep = partial(journal.keep_what_was_read, now=self._clock.now())
