@@ -268,10 +268,12 @@ class Host:
     async def _recycle(self, engine: Worker) -> None:
         memory, age = engine.resident_memory, time.monotonic() - self._since
         self.residents.all_leave()
-        for _ in range(2):  # a run may be about to begin something that takes long
+        for _ in range(2):
             async with self.turns.take():
                 pass
             await self.residents.have_left(LEAVING_TAKES)
+            if not self.turns.taken:  # a run had just begun something that takes long
+                break
         async with self.turns.take():
             if stay := len(self.residents):
                 _log.warning("runs do not leave, and are recovered", model=self.name, runs=stay)

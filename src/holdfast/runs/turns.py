@@ -35,6 +35,11 @@ class Turns:
         self._taken = False
         self._waiting: list[_Waiter] = []
 
+    @property
+    def taken(self) -> bool:
+        """Whether somebody holds the turn."""
+        return self._taken
+
     @asynccontextmanager
     async def take(self, wanted: Callable[[], bool] = _always) -> AsyncIterator[None]:
         """Hold the turn. `wanted` says, whenever one is given, whether somebody waits for this."""
