@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from holdfast.runs.bodies import FORWARD, FORWARD_BACKWARD, OPTIM_STEP, SAVE_WEIGHTS, Save
+from holdfast.runs.driver import LEAVES_WITHIN
 from holdfast.runs.engines import LEAVING_TAKES, Host
+from holdfast.runs.placement import Placement
 from holdfast.runs.publishing import Publisher
 from holdfast.runs.residents import Residents
 from holdfast.runs.run import Run
 from holdfast.runs.worker_memory import GROWN, SHORTEST_LIFE
+from holdfast.store import DiskFull, LocalStore, Manifest, NameKey
 
 from .sim import World
 from .test_recovery import check_all
@@ -343,6 +346,76 @@ def test_runs_that_cannot_leave_are_recovered_in_the_next_worker(
     assert all(recoveries == 1 and replayed for recoveries, replayed in counts(clients))
 
 
+def test_a_run_that_cannot_leave_and_computes_nothing_is_waited_for_once(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publisher, "allowed", False)
+    queue_training(clients, 4)
+    clients._world.let(3.0)
+    began = clients._now
+    recycle(clients)
+    until(clients, lambda: len(clients._world.lives) == 2, 3 * LEAVING_TAKES)
+    assert LEAVING_TAKES <= clients._now - began < 1.1 * LEAVING_TAKES
+
+
+def end_without_storing(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, *, behind: bool = True
+) -> None:
+    """Of two runs, one ends. There is no room for its last state, as there is for snapshots."""
+    honest = LocalStore.publish
+
+    def publish(store: LocalStore, manifest: Manifest) -> str:
+        if manifest.name is not None:
+            raise DiskFull("no room left on the disk")
+        return honest(store, manifest)
+
+    monkeypatch.setattr(LocalStore, "publish", publish)
+    monkeypatch.setattr(Publisher, "due", False)
+    clients.open_session("python")
+    clients.create(1, 1)
+    queue_training(clients, 2)
+    clients._world.let(20.0)
+    queue_training(clients, 2 if behind else 0)
+    clients.all_end()
+    clients.all[0].ending = "session_ended"
+    session = clients.sessions.pop(0)
+    clients._do(lambda: clients._world.runs.end_session(session.id, "success"))
+
+
+def recycled_beside_one_that_has_ended(clients: Clients) -> float:
+    """Seconds for which a run that goes on stood still."""
+    began = clients._now
+    recycle(clients)
+    clients._submit(clients.all[1], FORWARD_BACKWARD, batch(3))
+    until(clients, lambda: not pending(clients) and len(clients._world.lives) == 2, 1000.0)
+    return clients._now - began
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("since", [0.0, 100.0])
+def test_a_run_that_has_ended_and_is_not_kept_yet_is_not_waited_for(
+    since: float, behind: bool, clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as planted:
+        end_without_storing(clients, planted, behind=behind)
+        clients._world.let(since)
+        assert recycled_beside_one_that_has_ended(clients) < LEAVES_WITHIN + 5.0
+    clients._world.let(200.0)
+    assert host(clients).residents.size < 1000  # of the other one alone
+    check_all(clients)
+    seq = 4 if behind else 2
+    assert clients._world.store.resolve(NameKey(clients.all[0].id, "weights", f"auto.{seq}"))
+
+
+def test_one_that_has_ended_and_is_waited_for_is_found(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Placement, "fix", lambda _: None)
+    end_without_storing(clients, monkeypatch)
+    clients._world.let(100.0)
+    assert recycled_beside_one_that_has_ended(clients) > LEAVING_TAKES
+
+
 def test_one_that_can_leave_a_while_later_is_waited_for(clients: Clients) -> None:
     """The disk is full for a moment."""
     queue_training(clients, 4)
@@ -493,3 +566,19 @@ async def test_patience_is_for_the_next_to_leave() -> None:
     async with asyncio.timeout(1.0):
         await waiting
     assert len(residents) == 1
+
+
+@pytest.mark.anyio
+async def test_one_that_is_fixed_is_neither_asked_nor_waited_for() -> None:
+    residents, asked = Residents(100), list[str]()
+    for key in "ab":
+        residents.put(key, lambda key=key: asked.append(key), fixed=key == "a")  # type: ignore[misc]
+    residents.all_leave()
+    assert asked == ["b"]
+    waiting = asyncio.create_task(residents.have_left(60.0))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    residents.fix("b")  # meanwhile
+    async with asyncio.timeout(1.0):
+        await waiting
+    assert len(residents) == 2

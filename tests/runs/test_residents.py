@@ -196,6 +196,22 @@ async def test_room_is_waited_for_as_long_as_somebody_is_about_to_leave() -> Non
     await waiting
 
 
+@pytest.mark.anyio
+async def test_nobody_waits_for_the_room_of_one_that_is_fixed() -> None:
+    residents, asked = Residents(100), list[str]()
+    for key in "abc":
+        residents.put(key, lambda key=key: asked.append(key))  # type: ignore[misc]
+        residents.takes(key, 30)
+    residents.fix("a")
+    waiting = asyncio.create_task(residents.come())
+    await asyncio.sleep(0.01)
+    assert asked == ["b"]  # in its place
+    assert not waiting.done()
+    residents.fix("b")
+    async with asyncio.timeout(1.0):
+        await waiting
+
+
 def test_those_used_longest_ago_leave_first() -> None:
     residents, asked = Residents(100), list[str]()
     for key in "abc":

@@ -42,6 +42,9 @@ LAST_STATE_WAITED_FOR = 120.0
 LAST_STATE_STORED_WITHIN = 24 * 3600.0
 """... and for which it tries to keep it while the storage takes nothing: nor could its newest
 snapshot be kept then, and that may be older."""
+LEAVES_WITHIN = 10.0
+"""Seconds for which others wait for a run that has ended to leave its worker. It does so as soon as
+it is kept, and otherwise nobody can say when."""
 _GAP_WATCHED_EVERY = 1.0
 _LEAVING_PAUSE = 1.0
 _BASE_MODEL_PAUSE = 5.0
@@ -150,9 +153,16 @@ class Driver:
         False when a worker could not be given the state: its snapshots are what there is. So they
         are after an EngineError or RunError.
         """
-        run, order = self._run, self._run.order
-        if order.reached < 1:
+        if self._run.order.reached < 1:
             return True
+        fixing = asyncio.get_running_loop().call_later(LEAVES_WITHIN, self._placement.fix)
+        try:
+            return await self._keep_patiently(kept)
+        finally:
+            fixing.cancel()
+
+    async def _keep_patiently(self, kept: float) -> bool:
+        run, order = self._run, self._run.order
         again, attempts = pauses(_BASE_MODEL_PAUSE, within=LAST_STATE_WAITED_FOR), 0
         until_stored = pauses(_BASE_MODEL_PAUSE, 60.0, within=LAST_STATE_STORED_WITHIN)
         while attempts < _MOST_ATTEMPTS:
@@ -171,9 +181,11 @@ class Driver:
                 if pause is None or (isinstance(error, RunError) and not is_storage):
                     raise
                 run.log.warning("the last state cannot be kept yet", error=error.message)
+                run.note = error.message
                 await asyncio.sleep(pause)
-                if is_storage:  # meanwhile no worker was waited for
+                if is_storage:  # meanwhile no worker was waited for, and none has died
                     again = pauses(_BASE_MODEL_PAUSE, within=LAST_STATE_WAITED_FOR)
+                    attempts = 0
         return False
 
     async def _catch_up(self) -> bool:

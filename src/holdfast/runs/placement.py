@@ -29,6 +29,7 @@ class Placement:
         self.wanted = wanted
         self.host: Host | None = None
         self._life: int | None = None
+        self._fixed = False
 
     @property
     def held(self) -> bool:
@@ -75,7 +76,7 @@ class Placement:
         self.host = host
         self._life = life
         if life == host.life:
-            host.residents.put(self.key, self._leave)
+            host.residents.put(self.key, self._leave, fixed=self._fixed)
 
     def takes(self, manifest_files: Mapping[str, Blob]) -> None:
         """The state is that of these files: the worker keeps four numbers where they have a weight.
@@ -89,6 +90,12 @@ class Placement:
         """The worker keeps the state, if it holds it still: it could not leave."""
         if self.held and self.host is not None:
             self.host.residents.stays(self.key)
+
+    def fix(self) -> None:
+        """Let nobody wait from now on for the state to leave a worker: nobody can say when."""
+        self._fixed = True
+        if self.held and self.host is not None:
+            self.host.residents.fix(self.key)
 
     @property
     def held_by(self) -> tuple[Host, int]:

@@ -16,6 +16,8 @@ class _Resident:
     leave: Callable[[], None]
     size: int
     leaving: bool = False
+    fixed: bool = False
+    """It leaves when it can, and nobody can say when: it is neither asked to nor waited for."""
 
 
 class Residents:
@@ -59,10 +61,10 @@ class Residents:
         self._coming -= 1
         self._changed.set()
 
-    def put(self, key: str, leave: Callable[[], None]) -> None:
+    def put(self, key: str, leave: Callable[[], None], *, fixed: bool = False) -> None:
         """The worker has been given that run's state; `leave` asks the run to take it away."""
         self.gone(key)
-        self._by_key[key] = _Resident(leave, self._usual)
+        self._by_key[key] = _Resident(leave, self._usual, fixed=fixed)
         self._size += self._usual
         self._make_room(self._size - self._limit, but=key)
 
@@ -90,6 +92,13 @@ class Residents:
         if resident is not None:
             self._stays(resident)
 
+    def fix(self, key: str) -> None:
+        """That run leaves when it can, and nobody can say when."""
+        resident = self._by_key.get(key)
+        if resident is not None:
+            resident.fixed = True
+            self._stays(resident)
+
     def gone(self, key: str) -> None:
         """The worker holds that run no more."""
         resident = self._by_key.pop(key, None)
@@ -98,18 +107,21 @@ class Residents:
             self._changed.set()
 
     def all_leave(self) -> None:
-        """Ask all to leave."""
+        """Ask all to leave, but those that are fixed."""
         for resident in self._by_key.values():
-            resident.leaving = True
-            resident.leave()
+            if not resident.fixed:
+                resident.leaving = True
+                resident.leave()
 
     async def have_left(self, patience: float) -> None:
-        """Wait until none is there, for so many seconds at most for the next one to leave."""
+        """Wait until none is there, for so many seconds at most for the next one to leave.
+
+        Not for those that are fixed.
+        """
         with suppress(TimeoutError):
-            while self._by_key:
-                there = len(self._by_key)
+            while (there := self._to_leave) > 0:
                 async with asyncio.timeout(patience):
-                    while len(self._by_key) >= there:
+                    while self._to_leave >= there:
                         self._changed.clear()
                         await self._changed.wait()
 
@@ -124,6 +136,10 @@ class Residents:
         self._changed.set()
 
     @property
+    def _to_leave(self) -> int:
+        return sum(not resident.fixed for resident in self._by_key.values())
+
+    @property
     def _expected(self) -> int:
         """Bytes that they take when all have come that are about to."""
         return self._size + self._coming * self._usual
@@ -132,7 +148,7 @@ class Residents:
         for key, candidate in self._by_key.items():
             if excess <= 0:
                 return
-            if key == but and not candidate.leaving:
+            if candidate.fixed or (key == but and not candidate.leaving):
                 continue
             if not candidate.leaving:
                 candidate.leaving = True

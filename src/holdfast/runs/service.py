@@ -637,6 +637,7 @@ class Runs:
             run.log.warning("no worker gives the last state", error=str(error))
         if driver.diverged:
             return None
+        await driver.drop()  # which is not what its snapshots need
         return await last_state.keep_recovery_point(run, kept)
 
     async def _housekeeping(self) -> None:
