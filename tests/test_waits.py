@@ -130,7 +130,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.checkpoints:reconcile:asyncio.gather(*(self._reconcile(key) for key in s…",
         "runs.checkpoints:reconcile:self.creating(manifest.run)",
         "runs.checkpoints:sweep:self._changing(key)",
-        "runs.service:_close_session:asyncio.gather(*(self._finish(live, failure) for l…",
+        "runs.service:_close_session:asyncio.gather(end_samplers(), *(self._finish(live…",
         "runs.service:_close_session:self._creating",
         "runs.service:_finish:asyncio.wait([finishing])",
         "runs.service:_remove_segments:asyncio.to_thread(segments.remove, gone)",

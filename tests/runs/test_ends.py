@@ -409,7 +409,11 @@ def test_a_last_state_is_no_older_one_because_the_storage_took_nothing_for_an_ho
 
     monkeypatch.setattr(LocalStore, step, take)
     end_after_a_snapshot(clients)
-    world.let(3600.0)
+    world.let(0.2)
+    assert detail_of(clients) == "its last state is not stored yet"
+    world.let(130.0)
+    assert detail_of(clients) == "its last state is not stored yet: No space left on device"
+    world.let(3600.0 - 130.2)
     assert last_states(clients) == []
     assert state_of(clients) == "live"
     world.let(200.0)

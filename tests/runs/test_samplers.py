@@ -19,6 +19,7 @@ from holdfast.runs.journal import Outcome
 from holdfast.runs.samplers import Sampler
 from holdfast.store import (
     CorruptBlob,
+    DiskFull,
     IOFailed,
     LocalStore,
     Manifest,
@@ -294,6 +295,41 @@ def test_samplers_go_with_their_session_wherever_the_server_is_killed() -> None:
             assert point > 3
             return
     raise AssertionError("there is no end of points")
+
+
+def names_are_not_taken(*_: Any, **__: Any) -> None:
+    raise DiskFull("no room left on the disk")
+
+
+def test_samplers_go_at_once_where_a_last_state_has_to_wait_for_the_storage(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = saved(clients)
+    sampler_of(clients, key)
+    clients._submit(clients.all[0], FORWARD_BACKWARD, batch(1))
+    clients.all_end()
+    with monkeypatch.context() as planted:
+        planted.setattr(LocalStore, "set_name", names_are_not_taken)
+        end(clients)
+        clients._world.let(5.0)
+        assert left(clients)[0] == 0
+        record = clients._do(lambda: clients._world.runs.record(key.run, OWNER))
+        assert record.state == "live"  # it is still tried to be kept
+
+
+def test_a_sampler_that_is_being_made_when_its_session_ends_goes_with_it(
+    clients: Clients,
+) -> None:
+    world, run = clients._world, clients.all[0]
+    world.lives[-1]._pause = lambda what: 2.0 if what == "write" else 0.01
+    clients._submit(run, FORWARD_BACKWARD, batch(1))
+    clients._submit(run, bodies.SAVE_SAMPLER, SaveSampler(None, 1))
+    world.let(1.0)
+    end(clients)
+    world.let(20.0)
+    outcome, _ = clients._poll(run.ops[run.highest], 1.0)
+    assert outcome is not None and outcome.failure is None
+    assert left(clients) == (0, 0)
 
 
 def test_samplers_whose_weights_the_store_does_not_let_go_are_gone_later(

@@ -32,7 +32,13 @@ async def keep_recovery_point(run: Run, kept: float) -> int | None:
                 run.log.error("the last state is not kept", error=error.message)
                 return None
             run.log.warning("the last state is not kept yet", error=str(error))
+            run.note = str(error)
         await asyncio.sleep(next(again))
+
+
+def not_stored_yet(run: Run) -> str:
+    """To be told of an ended run while its last state is tried to be stored."""
+    return "its last state is not stored yet" + ("" if run.note is None else f": {run.note}")
 
 
 def what_it_lacks(run: Run, position: int) -> str:

@@ -115,6 +115,8 @@ class _Live:
     run: Run
     driver: Driver
     finishing: asyncio.Task[bool] | None = None
+    keeping: bool = False
+    """Its last state is being stored."""
 
 
 class Runs:
@@ -442,12 +444,15 @@ class Runs:
         ended = record.ending is not None and live is not None and live.run.ended is not None
         if live is None or live.run.key != record.key or ended:
             state = record.state if record.state in ("lost", STORED) else "ended"
+            note = record.state_detail
+            if ended and live is not None and live.keeping:
+                note = last_state.not_stored_yet(live.run)
             return RunStatus(
                 "corrupted" if record.corrupted else state,  # type: ignore[arg-type]
                 None,
                 0,
                 snapshot,
-                record.state_detail,
+                note,
             )
         order = live.run.order
         pending = len(order.unsettled)
@@ -567,13 +572,22 @@ class Runs:
         failure = _session_ended(session_id, reason)
         async with self._creating:  # a run that is being created is one of them
             mine = self._live_in(session_id)
+
+        async def end_samplers() -> None:
+            await patiently(lambda: self.samplers.end_session(session_id))
+
+        # At once: a last state may have to wait for the storage. One run's defect keeps neither
+        # the others nor the samplers.
         found = await asyncio.gather(
-            *(self._finish(live, failure) for live in mine), return_exceptions=True
+            end_samplers(),
+            *(self._finish(live, failure) for live in mine),
+            return_exceptions=True,
         )
-        for error in found:  # one run's defect keeps neither the others nor the samplers
+        for error in found:
             if isinstance(error, Exception):
-                _log.error("a run was not ended", session=session_id, exc_info=error)
-        await patiently(lambda: self.samplers.end_session(session_id))
+                _log.error("a session was not closed", session=session_id, exc_info=error)
+        if mine:  # a save that was under way may have made another one
+            await end_samplers()
 
     async def _finish(self, live: _Live, reason: Failure) -> None:
         """End a run, keep its last state, and let it go; once, however many ask for it.
@@ -596,7 +610,9 @@ class Runs:
         assert run.ended is not None
         state, lacks = _STATES.get(reason.code, "lost"), ""
         if state == "unloaded" or run.broken:
+            live.keeping, run.note = True, None
             kept = await self._keep_last_state(live)
+            live.keeping = False
             state = "lost" if kept is None else "unloaded"
             lacks = "" if kept is None else last_state.what_it_lacks(run, kept)
         await driver.drop()
