@@ -512,7 +512,8 @@ class TrainingClient:
     def unload(self) -> Future[UnloadModelResponse]:
         """Free the model at the server, after the operations called before it.
 
-        The run and its checkpoints stay; go on with `create_training_client_from_state...`.
+        The run and its checkpoints stay; go on with `create_training_client_from_state...`. Its
+        last state becomes one of them a while after the answer: `last_checkpoint` shows it then.
 
         >>> training_client.unload().result()  # doctest: +SKIP
         """
