@@ -149,7 +149,7 @@ class Driver:
     async def keep_last_state(self, kept: float) -> bool:
         """Keep the state of a run that has ended as a checkpoint, if it was trained at all.
 
-        For `kept` seconds from when it is stored, which it is tried to be for up to a day.
+        It is `kept` for so many seconds from when it is stored, which is tried for up to a day.
         False when a worker could not be given the state: its snapshots are what there is. So they
         are after an EngineError or RunError.
         """

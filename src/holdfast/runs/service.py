@@ -445,7 +445,7 @@ class Runs:
         if live is None or live.run.key != record.key or ended:
             state = record.state if record.state in ("lost", STORED) else "ended"
             note = record.state_detail
-            if ended and live is not None and live.keeping:
+            if live is not None and live.run.key == record.key and live.keeping:
                 note = last_state.not_stored_yet(live.run)
             return RunStatus(
                 "corrupted" if record.corrupted else state,  # type: ignore[arg-type]
