@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from holdfast.catalog import Catalog, database
+from holdfast.catalog.tables import checkpoints as rows
 from holdfast.catalog.tables import runs
 from holdfast.runs import doctor, journal, stored
 from holdfast.runs.checkpoints import Checkpoints
@@ -161,6 +162,43 @@ async def test_who_is_alone_does_not_look_twice(
     found = await doctor.examine(store, catalog, segments, alone=True)
     assert len(found.differences.unlisted) == 1
     assert store.lists == 2  # the other list is for what the names lead to
+
+
+async def after_an_upgrade(catalog: Catalog, **others: object) -> None:
+    """Have the rows of checkpoints lack what an older version did not write."""
+    await catalog.write(lambda c: c.execute(rows.update().values(seq=None, **others)))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_other", [False, True])
+async def test_a_row_of_before_an_upgrade_is_no_problem(
+    catalog: Catalog, store: Watched, tmp_path: Path, is_other: bool
+) -> None:
+    """One that is of another manifest besides is."""
+    checkpoints, manifest = Checkpoints(store, catalog), sample(store)
+    await published(checkpoints, catalog, manifest)
+    await after_an_upgrade(catalog, manifest="other" if is_other else manifest.id)
+    segments = Segments(tmp_path / "segments")
+    found = await doctor.examine(store, catalog, segments, alone=True)
+    assert found.ok is (not found.repairable) is (not is_other)
+    assert list(found.differences.unlisted) == [key_of(manifest)] * is_other
+    assert await checkpoints.reconcile() == (1, 0)
+    assert await checkpoints.reconcile() == (0, 0)
+
+
+@pytest.mark.anyio
+async def test_a_damaged_manifest_of_before_an_upgrade_is_reported_once(
+    catalog: Catalog, store: Watched, tmp_path: Path
+) -> None:
+    checkpoints, manifest = Checkpoints(store, catalog), sample(store)
+    await published(checkpoints, catalog, manifest)
+    await after_an_upgrade(catalog)
+    path = tmp_path / "store" / "manifests" / manifest.id
+    path.write_bytes(path.read_bytes()[:-1])
+    assert await checkpoints.reconcile() == (0, 0)
+    segments = Segments(tmp_path / "segments")
+    found = await doctor.examine(store, catalog, segments, alone=True)
+    assert len(found.damage) == 1 and not found.differences
 
 
 class Ending(LocalStore):

@@ -83,6 +83,8 @@ class Differences:
     """Rows without a name."""
     without_run: Mapping[str, str]
     """Runs that have checkpoints and no row; a manifest of each."""
+    unpositioned: Sequence[NameKey] = ()
+    """Rows of before an upgrade, which lack the position that the store knows: no disagreement."""
 
     def __bool__(self) -> bool:
         return bool(self.unlisted or self.gone or self.without_run)
@@ -378,19 +380,22 @@ class Checkpoints:
         """
         named = dict(await self._call(lambda: list(self.store.names(on_damage=_log_damage))))
 
-        def query(connection: sa.Connection) -> tuple[dict[NameKey, str | None], set[str]]:
+        def query(connection: sa.Connection) -> tuple[dict[NameKey, sa.Row[Any]], set[str]]:
             rows = {
-                # One of before an upgrade does not say all that the store does.
-                NameKey(r.run_id, r.kind, r.name): None if r.seq is None else r.manifest
-                for r in connection.execute(sa.select(checkpoints))
+                NameKey(row.run_id, row.kind, row.name): row
+                for row in connection.execute(sa.select(checkpoints))
             }
             return rows, set(connection.scalars(sa.select(runs.c.id).distinct()))
 
         rows, known = await self._catalog.read(query)
+        listed = {key: row.manifest for key, row in rows.items()}
         return Differences(
-            unlisted={key: m for key, m in named.items() if rows.get(key) != m},
+            unlisted={key: m for key, m in named.items() if listed.get(key) != m},
             gone=[key for key in rows if key not in named],
             without_run={key.run: m for key, m in named.items() if key.run not in known},
+            unpositioned=[
+                key for key, m in named.items() if listed.get(key) == m and rows[key].seq is None
+            ],
         )
 
     async def reconcile(self) -> tuple[int, int]:
@@ -400,7 +405,7 @@ class Checkpoints:
         listed again, as one that holds checkpoints.
         """
         found = await self.differences()
-        keys = [*found.unlisted, *found.gone]
+        keys = [*found.unlisted, *found.gone, *found.unpositioned]
         done: list[bool | None] = []
         for at in range(0, len(keys), _RECONCILED_AT_ONCE):
             some = keys[at : at + _RECONCILED_AT_ONCE]
