@@ -14,6 +14,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Closed(Exception):
+    """The threads are closed: the call was not made."""
+
+
 class Threads:
     """Up to `most` threads, started as they are needed.
 
@@ -31,11 +35,14 @@ class Threads:
         self._is_closed = False
 
     async def run(self, call: Callable[..., T], *args: Any) -> T:
-        """As `asyncio.to_thread`. What has not begun when its caller goes away is not called."""
+        """As `asyncio.to_thread`. What has not begun when its caller goes away is not called.
+
+        Raises Closed.
+        """
         future: Future[T] = Future()
         with self._changed:
             if self._is_closed:
-                raise RuntimeError(f"the threads {self._name!r} are closed")
+                raise self._closed()
             self._calls.append((future, partial(copy_context().run, call, *args)))
             if len(self._calls) <= self._free:
                 self._changed.notify()
@@ -52,7 +59,11 @@ class Threads:
             waiting, self._calls = self._calls, deque()
             self._changed.notify_all()
         for future, _ in waiting:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._closed())
+
+    def _closed(self) -> Closed:
+        return Closed(f"the threads {self._name!r} are closed")
 
     def _work(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure
 from holdfast.runs.run import SUBMISSION_WAITS
 from holdfast.store import LocalStore, NameKey
+from tests.store.samples import WEIGHTS, manifest_of
 
 from .sim import World
 from .test_service import OWNER, Clients
@@ -180,3 +181,18 @@ async def test_calls_of_a_store_that_hang_keep_nothing_else_from_a_thread(
     finally:
         answers.set()
         catalog.close()
+
+
+@pytest.mark.anyio
+async def test_the_store_is_unavailable_to_who_asks_for_it_after_its_close(tmp_path: Path) -> None:
+    """As a publication does that a stop did not wait for: its run would end with a defect."""
+    store, catalog = LocalStore(tmp_path / "store"), Catalog.open_file(tmp_path / "catalog.db")
+    found = Checkpoints(store, catalog)
+    manifest = manifest_of({WEIGHTS: store.put_blob([b"weights"])})
+    await found.publish(manifest)
+    found.close()
+    for asked in (found.publish(manifest), found.manifest(manifest.id), found.reconcile()):
+        with pytest.raises(RunError) as caught:
+            await asked
+        assert caught.value.reason == "unavailable"
+    catalog.close()

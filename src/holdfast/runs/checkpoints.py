@@ -19,7 +19,7 @@ from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import checkpoint_files as files
 from holdfast.catalog.tables import checkpoints, operations, runs, samplers, snapshots
 from holdfast.runs import stored
-from holdfast.runs.errors import Category, Reason, RunError, not_found
+from holdfast.runs.errors import Category, Reason, RunError, not_found, stopping
 from holdfast.store import (
     Corrupt,
     Manifest,
@@ -31,7 +31,7 @@ from holdfast.store import (
     SweepReport,
     Unavailable,
 )
-from holdfast.threads import Threads
+from holdfast.threads import Closed, Threads
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -505,7 +505,10 @@ class Checkpoints:
         self.store.set_name(key, manifest_id, replace=replace)
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await self._threads.run(call, *args)
+        try:
+            return await self._threads.run(call, *args)
+        except Closed as closed:
+            raise stopping() from closed
 
     async def _call(self, call: Callable[..., T], *args: Any) -> T:
         try:
