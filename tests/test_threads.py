@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -101,6 +103,24 @@ async def test_a_call_that_has_not_begun_is_not_made_when_its_caller_goes_away(
     hanging.go_on.set()
     await threads.run(made.append, 2)
     assert made == [2]
+
+
+@pytest.mark.anyio
+async def test_nothing_is_kept_of_a_call_whose_caller_goes_away_before_it_begins(
+    threads: Threads, hanging: Hanging
+) -> None:
+    await hang(threads, hanging, 3)
+    kept: list[weakref.ref[Hanging]] = []
+    for _ in range(2):
+        argument = Hanging()
+        kept.append(weakref.ref(argument))
+        waiting = asyncio.create_task(threads.run(id, argument))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        del argument, waiting
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
 
 
 @pytest.mark.anyio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -30,7 +30,8 @@ class Threads:
         self._most = most
         self._started = 0
         self._free = 0
-        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._calls: OrderedDict[Future[Any], Callable[[], Any]] = OrderedDict()
+        """That have not begun, the oldest first, and of which somebody waits for the result."""
         self._changed = threading.Condition()
         self._is_closed = False
 
@@ -43,22 +44,27 @@ class Threads:
         with self._changed:
             if self._is_closed:
                 raise self._closed()
-            self._calls.append((future, partial(copy_context().run, call, *args)))
+            self._calls[future] = partial(copy_context().run, call, *args)
             if len(self._calls) <= self._free:
                 self._changed.notify()
             elif self._started < self._most:
                 self._started += 1
                 name = f"{self._name}-{self._started}"
                 threading.Thread(target=self._work, name=name, daemon=True).start()
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            with self._changed:
+                self._calls.pop(future, None)
+            raise
 
     def close(self) -> None:
         """Begin nothing more, and wait for nothing. Idempotent."""
         with self._changed:
             self._is_closed = True
-            waiting, self._calls = self._calls, deque()
+            waiting, self._calls = self._calls, OrderedDict()
             self._changed.notify_all()
-        for future, _ in waiting:
+        for future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self._closed())
 
@@ -73,7 +79,7 @@ class Threads:
                 self._free -= 1
                 if self._is_closed:
                     return
-                future, call = self._calls.popleft()
+                future, call = self._calls.popitem(last=False)
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from holdfast.catalog import Catalog, epoch
-from holdfast.runs import bodies, checkpoints
+from holdfast.runs import bodies, checkpoints, stored
 from holdfast.runs.bodies import FORWARD_BACKWARD, Load, Save
 from holdfast.runs.checkpoints import STORE_TAKES, Checkpoints
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure
 from holdfast.runs.run import SUBMISSION_WAITS
-from holdfast.store import LocalStore, NameKey
-from tests.store.samples import WEIGHTS, manifest_of
+from holdfast.store import LocalStore, Manifest, NameKey
+from tests.store.samples import WEIGHTS, key_of, manifest_of
 
 from .sim import World
 from .test_service import OWNER, Clients
@@ -147,14 +147,17 @@ def test_what_the_store_does_late_is_done_before_what_comes_after_it(clients: Cl
     world, save = clients._world, Save("a", None, True)
     key = NameKey(clients.all[0].id, "weights", "a")
     assert failure_of(clients, bodies.SAVE_WEIGHTS, save, 30.0) is None
+    began = world.clock.now
     with hanging_in_the_store("delete_name"), pytest.raises(RunError) as caught:
         world.loop.run_until_complete(delete(world, key))
     assert caught.value.code == "store_unavailable"
     found = failure_of(clients, bodies.SAVE_WEIGHTS, save, 4 * STORE_TAKES)
     assert found is not None and found.code == "store_unavailable"
-    for _ in range(4):
-        world.let(HOUR / 3)
+    while (left := began + HOUR - world.clock.now) > STORE_TAKES:
+        world.let(min(left - STORE_TAKES / 2, HOUR / 3))
         clients._beat()
+    assert failure_of(clients, bodies.SAVE_WEIGHTS, save, 2 * STORE_TAKES) is None
+    assert world.clock.now > began + HOUR
     assert world.store.resolve(key) is not None
 
 
@@ -188,7 +191,7 @@ async def test_the_store_is_unavailable_to_who_asks_for_it_after_its_close(tmp_p
     """As a publication does that a stop did not wait for: its run would end with a defect."""
     store, catalog = LocalStore(tmp_path / "store"), Catalog.open_file(tmp_path / "catalog.db")
     found = Checkpoints(store, catalog)
-    manifest = manifest_of({WEIGHTS: store.put_blob([b"weights"])})
+    manifest = sample(found)
     await found.publish(manifest)
     found.close()
     for asked in (found.publish(manifest), found.manifest(manifest.id), found.reconcile()):
@@ -196,3 +199,124 @@ async def test_the_store_is_unavailable_to_who_asks_for_it_after_its_close(tmp_p
             await asked
         assert caught.value.reason == "unavailable"
     catalog.close()
+
+
+class Held(LocalStore):
+    """Changes names only when it is told to go on."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.begun = threading.Semaphore(0)
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def set_name(self, key: NameKey, manifest_id: str, *, replace: bool = False) -> None:
+        self._hold()
+        super().set_name(key, manifest_id, replace=replace)
+
+    def delete_name(self, key: NameKey) -> bool:
+        self._hold()
+        return super().delete_name(key)
+
+    def amend(self, key: NameKey, **changes: Any) -> str:
+        self._hold()
+        return super().amend(key, **changes)
+
+    def _hold(self) -> None:
+        self.begun.release()
+        assert self.go_on.wait(30.0)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Checkpoints]:
+    """Checkpoints of which one is there, and whose store is held from now on."""
+    store, catalog = Held(tmp_path / "store"), Catalog.open_file(tmp_path / "catalog.db")
+    found = Checkpoints(store, catalog)
+    asyncio.run(catalog.write(lambda c: stored.insert(c, sample(found))))
+    asyncio.run(found.publish(sample(found)))
+    assert store.begun.acquire(timeout=5.0)
+    store.go_on.clear()
+    yield found
+    store.go_on.set()
+    found.close()
+    catalog.close()
+
+
+def sample(of: Checkpoints, **changes: Any) -> Manifest:
+    return manifest_of({WEIGHTS: of.store.put_blob([b"weights"])}, **changes)
+
+
+CHANGES: dict[str, Callable[[Checkpoints], Awaitable[object]]] = {
+    "publish": lambda found: found.publish(sample(found, seq=8), replace=True),
+    "delete": lambda found: found.delete(key_of(sample(found)), OWNER),
+    "amend": lambda found: found.set_public(key_of(sample(found)), OWNER, True),
+}
+
+
+async def begun(found: Checkpoints, change: Awaitable[object]) -> asyncio.Future[object]:
+    """A change whose thread is at it."""
+    task = asyncio.ensure_future(change)
+    assert isinstance(found.store, Held)
+    assert await asyncio.to_thread(found.store.begun.acquire, timeout=5.0)
+    return task
+
+
+async def given_up(tasks: Sequence[asyncio.Future[object]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("what", CHANGES)
+async def test_what_was_begun_is_done_to_its_end_though_its_caller_goes_away(
+    held: Checkpoints, what: str
+) -> None:
+    """And before what comes after it."""
+    assert isinstance(held.store, Held)
+    await given_up([await begun(held, CHANGES[what](held))])
+    newer = sample(held, seq=9)
+    saving = asyncio.create_task(held.publish(newer, replace=True))
+    assert not await asyncio.to_thread(held.store.begun.acquire, timeout=0.3)
+    held.store.go_on.set()
+    assert await saving == newer.id == held.store.resolve(key_of(newer))
+    assert not await held.differences()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("what", CHANGES)
+async def test_a_name_whose_caller_goes_away_gets_its_row(held: Checkpoints, what: str) -> None:
+    assert isinstance(held.store, Held)
+    before = asyncio.all_tasks()
+    await given_up([await begun(held, CHANGES[what](held))])
+    held.store.go_on.set()
+    async with asyncio.timeout(10.0):
+        await asyncio.gather(*(asyncio.all_tasks() - before))
+    rows, _ = await held.page(OWNER)
+    found = [(row.seq, row.public) for row in rows]
+    assert found == {"publish": [(8, False)], "delete": [], "amend": [(7, True)]}[what]
+    assert not await held.differences()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("how", ["late", "gone"])
+async def test_who_waits_for_a_change_that_hangs_gives_up_with_its_caller(
+    held: Checkpoints, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or as many would wait as have asked, until the disk answers."""
+    assert isinstance(held.store, Held)
+    hung = await begun(held, CHANGES["delete"](held))
+    before = asyncio.all_tasks()
+    monkeypatch.setattr(checkpoints, "STORE_TAKES", 0.3 if how == "late" else 30.0)
+    asking = [asyncio.ensure_future(CHANGES[what](held)) for what in CHANGES for _ in range(3)]
+    await asyncio.sleep(0.1)
+    if how == "gone":
+        await given_up(asking)
+    else:
+        outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        assert {getattr(o, "code", o) for o in outcomes} == {"store_unavailable"}
+    await asyncio.sleep(0.1)
+    assert asyncio.all_tasks() == before
+    held.store.go_on.set()
+    await hung
+    assert held.store.resolve(key_of(sample(held))) is None

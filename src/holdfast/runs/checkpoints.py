@@ -113,8 +113,9 @@ def _limited(
 ) -> Callable[Concatenate[Checkpoints, P], Coroutine[Any, Any, T]]:
     """Have a call waited for `STORE_TAKES` at most. Raises RunError, reason "unavailable".
 
-    It then goes on by itself, with the locks that it holds: what it still changes is changed before
-    whatever comes after it.
+    When its caller is told so, or goes away, it is given up if it has changed nothing yet. Else it
+    goes on by itself, with the locks that it holds, to its end: name and row change together, and
+    before whatever comes after it.
     """
 
     @wraps(method)
@@ -122,6 +123,7 @@ def _limited(
         working = asyncio.create_task(method(self, *args, **kwargs))
         # Told to whoever waits for it then, perhaps nobody.
         working.add_done_callback(lambda task: task.cancelled() or task.exception())
+        working.add_done_callback(self._changing_calls.discard)
         try:
             async with asyncio.timeout(STORE_TAKES):
                 return await asyncio.shield(working)
@@ -133,9 +135,9 @@ def _limited(
                 reason="unavailable",
                 category="server",
             ) from None
-        except asyncio.CancelledError:
-            working.cancel()
-            raise
+        finally:
+            if working not in self._changing_calls:
+                working.cancel()
 
     return limited
 
@@ -166,6 +168,8 @@ class Checkpoints:
         self._threads = Threads("store", _THREADS)
         """Not those of everything else: a disk that does not answer keeps the threads that ask."""
         self._locks: WeakValueDictionary[NameKey, asyncio.Lock] = WeakValueDictionary()
+        self._changing_calls: set[asyncio.Task[Any]] = set()
+        """Those that may have changed something, and have not come to their end."""
         self._published: set[str] = set()
         """Unnamed manifests of this process, which it has not discarded."""
         self._discarding = asyncio.Lock()
@@ -219,7 +223,7 @@ class Checkpoints:
             return manifest_id
         async with self._changing(key):
             try:
-                await self._call(self._name, key, manifest_id, replace)
+                await self._change(self._name, key, manifest_id, replace)
             except NameTaken as taken:
                 earlier = await self._call(self.store.resolve, key)
                 if earlier is None or not await self._same_request(earlier, manifest):
@@ -256,7 +260,7 @@ class Checkpoints:
     async def discard(self, manifest_ids: Sequence[str]) -> None:
         """Let go of unnamed manifests."""
         for manifest_id in manifest_ids:
-            await self._call(self.store.discard, manifest_id)
+            await self._change(self.store.discard, manifest_id)
             self._published.discard(manifest_id)
 
     async def discard_unused(self, manifest_ids: Iterable[str]) -> None:
@@ -276,7 +280,7 @@ class Checkpoints:
             except RunError:
                 if not await self._is_remnant(key, owner):
                     raise
-            await self._call(self.store.delete_name, key)
+            await self._change(self.store.delete_name, key)
             await self._catalog.write(lambda c: _unindex(c, [key]))
 
     async def set_ttl(self, key: NameKey, owner: str, ttl_seconds: int | None) -> None:
@@ -462,7 +466,7 @@ class Checkpoints:
     async def _amend(self, key: NameKey, owner: str, /, **changes: Any) -> None:
         async with self._changing(key):
             await self._owned(key, owner)
-            manifest_id = await self._call(lambda: self.store.amend(key, **changes))
+            manifest_id = await self._change(lambda: self.store.amend(key, **changes))
             manifest = await self.manifest(manifest_id)
             await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
 
@@ -509,6 +513,16 @@ class Checkpoints:
             return await self._threads.run(call, *args)
         except Closed as closed:
             raise stopping() from closed
+
+    async def _change(self, call: Callable[..., T], *args: Any) -> T:
+        """`_call` by which what it is part of is not given up any more: see `_limited`.
+
+        Publishing a manifest is none: what has no name and no row is nobody's.
+        """
+        working = asyncio.current_task()
+        assert working is not None
+        self._changing_calls.add(working)
+        return await self._call(call, *args)
 
     async def _call(self, call: Callable[..., T], *args: Any) -> T:
         try:
