@@ -43,7 +43,7 @@ LOCKS = frozenset(("Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore"
 
 UNLIMITED: dict[str, tuple[str, ...]] = {
     "the request that it is part of: server.answer_limit, ANSWER_TAKES": (
-        "runs.copies:copy:self._checkpoints.creating(run_id)",
+        "runs.copies:copy:asyncio.shield(self._create(copied, asked, idempot…",
         "runs.run:_digest:asyncio.to_thread(journal.digest, body, like)",
         "runs.run:_journal:asyncio.shield(write)",
         "runs.run:_turn:self._submitting.acquire()",
@@ -110,6 +110,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.checkpoints:delete:self._changing(key)",
         "runs.checkpoints:publish:self._changing(key)",
         "runs.checkpoints:publish:self._discarding",
+        "runs.copies:_create:self._checkpoints.creating(copied.run)",
     ),
     "what is copied: written in WRITING_TAKES, published in STORE_TAKES": (
         "runs.publishing:after:asyncio.wait([before])",

@@ -106,6 +106,23 @@ def test_a_copy_that_is_asked_for_twice_at_once_is_one(
     assert copies(clients) == published == [first.run]
 
 
+def test_a_copy_that_has_begun_is_made_though_its_client_goes_away(
+    clients: Clients, source: NameKey, published: list[str]
+) -> None:
+    """And the same request again finds it."""
+
+    async def ask_and_go_away() -> NameKey:
+        copying = asyncio.create_task(copy(clients, source, "k"))
+        await asyncio.sleep(60.0)
+        copying.cancel()
+        await asyncio.wait([copying])
+        assert copying.cancelled() and not copies(clients)
+        return await copy(clients, source, "k")
+
+    copied = clients._world.loop.run_until_complete(ask_and_go_away())
+    assert copies(clients) == published == [copied.run]
+
+
 def test_without_a_lock_on_its_run_a_copy_is_made_twice(
     clients: Clients, source: NameKey, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

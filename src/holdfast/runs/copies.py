@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 import uuid
@@ -70,9 +71,8 @@ class Copies:
         else:
             run_id = f"{destination.session.id}:train:{destination.model_seq_id}"
         asked = bodies.encode_json({"copy": str(source), "ttl": ttl_seconds, "project": project_id})
-        copied = NameKey(run_id, source.kind, source.name)
         now = time.time()
-        changed = dataclasses.replace(
+        copied = dataclasses.replace(
             manifest,
             run=run_id,
             owner=owner,
@@ -82,16 +82,20 @@ class Copies:
             public=False,
             request_id=f"{run_id}:copy",
         )
-        async with self._checkpoints.creating(run_id):
-            if await self._is_there(run_id, asked, idempotency_key):
-                return copied
-            await self._checkpoints.publish(changed)
+        # Not left without its run's row, or its lock, when whoever has asked goes away.
+        await asyncio.shield(self._create(copied, asked, idempotency_key))
+        return NameKey(run_id, source.kind, source.name)
+
+    async def _create(self, copied: Manifest, asked: bytes, idempotency_key: str | None) -> None:
+        async with self._checkpoints.creating(copied.run):
+            if await self._is_there(copied.run, asked, idempotency_key):
+                return
+            await self._checkpoints.publish(copied)
             await self._catalog.write(
                 lambda c: stored.insert(
-                    c, changed, body_hash=journal.digest(asked), idempotency_key=idempotency_key
+                    c, copied, body_hash=journal.digest(asked), idempotency_key=idempotency_key
                 )
             )
-        return copied
 
     async def _session(
         self, source: NameKey, owner: str, project_id: str | None, idempotency_key: str | None
