@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from holdfast.catalog import Catalog
 from holdfast.catalog.tables import snapshots
 from holdfast.runs import doctor
 from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.errors import RunError
 from holdfast.runs.segments import Segments
-from holdfast.store import Manifest, ObjectStore, open_store
+from holdfast.store import LocalStore, Manifest, ObjectStore, open_store
 from tests.store.samples import manifest_of
 from tests.store.storage import MemoryObjects, Storage
 
@@ -41,6 +43,44 @@ async def test_unnamed_manifests_without_a_row_are_discarded(
         assert sorted(left) == sorted([kept, fresh]) and orphan not in left
         # Unless it was published after that start.
         assert await Checkpoints(store, catalog).discard_orphans() == 1
+
+
+class Held(LocalStore):
+    """Discards only when it is told to go on."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+
+    def discard(self, manifest_id: str) -> bool:
+        self.begun.set()
+        assert self.go_on.wait(30.0)
+        return super().discard(manifest_id)
+
+
+@pytest.mark.anyio
+async def test_an_orphan_is_not_published_while_its_deletion_hangs(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be gone when the disk answers."""
+    monkeypatch.setattr("holdfast.runs.checkpoints.STORE_TAKES", 0.3)
+    with Held(tmp_path / "store") as store:
+        files = {"adapter_model.safetensors": store.put_blob([b"weights"])}
+        kept, orphan = (manifest_of(files, name=None, seq=seq) for seq in (1, 2))
+        for manifest in (kept, orphan):
+            store.publish(manifest)
+        await catalog.write(lambda c: _add_run_with_snapshot(c, kept.id))
+        checkpoints = Checkpoints(store, catalog)
+        discarding = asyncio.create_task(checkpoints.discard_orphans())
+        assert await asyncio.to_thread(store.begun.wait, 10.0)
+        await asyncio.sleep(0.5)
+        with pytest.raises(RunError, match="has not answered"):
+            await checkpoints.publish(orphan)
+        store.go_on.set()
+        assert await discarding == 1
+        await checkpoints.publish(orphan)
+        assert {id for id, _ in store.unnamed()} == {kept.id, orphan.id}
 
 
 @pytest.mark.anyio

@@ -458,7 +458,8 @@ class Checkpoints:
         for manifest_id in orphans:
             async with self._discarding:
                 if manifest_id not in self._published:
-                    await self.discard([manifest_id])
+                    # Without a limit: nobody waits for it, and the lock is held until it is done.
+                    await self._call(self.store.discard, manifest_id)
                     discarded += 1
         return discarded
 
