@@ -14,9 +14,11 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi import Response
 
 from holdfast.engine.interface import OPTIMIZER_STATE
 from holdfast.server.archive import Download, Reading, parse_range
+from holdfast.server.routes import archives
 from holdfast.store import CorruptBlob, LocalStore
 from tests.store.samples import manifest_of
 from tests.support.raw import RawRun
@@ -142,6 +144,38 @@ async def test_one_digest_at_a_time_is_computed_of_the_same_bytes(tmp_path: Path
             await reading.digest(Counted(store, damaged))
         path.write_bytes(b"third")
         assert await reading.digest(Counted(store, damaged))  # an error is not kept
+        reading.close()
+
+
+@pytest.mark.anyio
+async def test_a_download_does_not_wait_long_for_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later one has it."""
+    monkeypatch.setattr(archives, "DIGEST_TAKES", 0.1)
+    go_on = threading.Event()
+
+    class Slow(Download):
+        def digest(self) -> str:
+            assert go_on.wait(10)
+            return super().digest()
+
+    with LocalStore(tmp_path) as store:
+        manifest = manifest_of({"a": store.put_blob([b"content"])}, name=None)
+        store.publish(manifest)
+        reading, found = Reading(), Slow(store, manifest)
+
+        async def answer(range_: str | None = None) -> Response:
+            async with asyncio.timeout(5.0):
+                return await archives._answer(found, reading, range_, None)
+
+        for range_ in (None, "bytes=0-9"):
+            early = await answer(range_)
+            assert "repr-digest" not in early.headers
+            assert early.headers["content-length"] == str(10 if range_ else found.size)
+        go_on.set()
+        digest = await reading.digest(found)
+        assert (await answer()).headers["repr-digest"] == digest
         reading.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import secrets
@@ -29,6 +30,9 @@ router = APIRouter()
 
 GOOD_FOR = 3600
 """Seconds for which an address can be fetched, by whoever has it."""
+
+DIGEST_TAKES = 60.0
+"""Seconds for which a digest is waited for: the answer cannot begin before."""
 
 _SECRET = secrets.token_bytes(32)
 """Of this process: an address does not outlive the server."""
@@ -83,7 +87,7 @@ async def archive_content(
     range_: Range = None,
     if_range: IfRange = None,
 ) -> Response:
-    """The archive, or a range of it. Its digest is of the whole."""
+    """The archive, or a range of it. Its digest is of the whole, and left out if it takes long."""
     _check_token(token, manifest_id, None, expires)
     return await _answer(
         await _download(runs, manifest_id, None), context.reading, range_, if_range
@@ -101,7 +105,7 @@ async def file_content(
     range_: Range = None,
     if_range: IfRange = None,
 ) -> Response:
-    """One file, or a range of it. Its digest is of the whole."""
+    """One file, or a range of it. Its digest is of the whole, and left out if it takes long."""
     _check_token(token, manifest_id, file, expires)
     return await _answer(
         await _download(runs, manifest_id, file), context.reading, range_, if_range
@@ -120,11 +124,10 @@ async def _answer(
     found: Download, reading: Reading, range_: str | None, if_range: str | None
 ) -> Response:
     etag = f'"{found.etag}"'
-    headers = {
-        "accept-ranges": "bytes",
-        "etag": etag,
-        "repr-digest": await reading.digest(found),
-    }
+    headers = {"accept-ranges": "bytes", "etag": etag}
+    with suppress(TimeoutError):  # it is computed to its end, for who asks later
+        async with asyncio.timeout(DIGEST_TAKES):
+            headers["repr-digest"] = await reading.digest(found)
     try:
         part = parse_range(range_ if if_range in (None, etag) else None, found.size)
     except ValueError as error:
