@@ -31,8 +31,9 @@ router = APIRouter()
 GOOD_FOR = 3600
 """Seconds for which an address can be fetched, by whoever has it."""
 
-DIGEST_TAKES = 60.0
-"""Seconds for which a digest is waited for: the answer cannot begin before."""
+DIGEST_TAKES = 30.0
+"""Seconds for which a digest is waited for: the answer cannot begin before, and clients break off
+one of which nothing comes for a minute."""
 
 _SECRET = secrets.token_bytes(32)
 """Of this process: an address does not outlive the server."""
