@@ -13,7 +13,8 @@ import pytest
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import runs
 from holdfast.runs import journal
-from holdfast.runs.checkpoints import Checkpoint, Checkpoints
+from holdfast.runs.checkpoints import Checkpoints
+from holdfast.runs.index import Checkpoint
 from holdfast.runs.journal import Outcome, RunKey
 from holdfast.runs.order import Entry
 from holdfast.runs.segments import LARGE, Segments

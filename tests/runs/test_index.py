@@ -11,8 +11,9 @@ import sqlalchemy as sa
 
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import checkpoints as rows
-from holdfast.runs.checkpoints import Checkpoints, Differences
+from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.errors import RunError
+from holdfast.runs.index import Differences
 from holdfast.store import LocalStore, Manifest, NameKey, SweepReport
 from tests.store.samples import WEIGHTS, key_of, manifest_of
 

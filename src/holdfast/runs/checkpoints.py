@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
@@ -16,10 +15,10 @@ import structlog
 
 from holdfast import failpoints
 from holdfast.catalog import Catalog, CatalogUnavailable
-from holdfast.catalog.tables import checkpoint_files as files
-from holdfast.catalog.tables import checkpoints, operations, runs, samplers, snapshots
-from holdfast.runs import stored
+from holdfast.catalog.tables import checkpoints, runs
+from holdfast.runs import index, stored
 from holdfast.runs.errors import Category, Reason, RunError, not_found, stopping
+from holdfast.runs.index import Checkpoint, Differences
 from holdfast.store import (
     Corrupt,
     Manifest,
@@ -51,51 +50,6 @@ SHORTEST_TTL = 3600
 """Seconds: one hour."""
 LONGEST_TTL = 10 * 366 * 24 * 3600
 """Seconds: ten years."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A row of the index. Times are UTC seconds, sizes those of the blobs in bytes."""
-
-    run_id: str
-    kind: str
-    name: str
-    manifest: str
-    owner: str
-    created: float
-    expires: float | None
-    public: bool
-    size: int
-    step: int
-    user_metadata: Mapping[str, str] | None
-    seq: int | None
-    own_size: int
-    """Of the blobs that no other checkpoint has: what deleting it gives back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Differences:
-    """In what the index and the store disagree."""
-
-    unlisted: Mapping[NameKey, str]
-    """Names without a row, or with one of another manifest; the manifests they point to."""
-    gone: Sequence[NameKey]
-    """Rows without a name."""
-    without_run: Mapping[str, str]
-    """Runs that have checkpoints and no row; a manifest of each."""
-    unpositioned: Sequence[NameKey] = ()
-    """Rows of before an upgrade, which lack the position that the store knows: no disagreement."""
-
-    def __bool__(self) -> bool:
-        return bool(self.unlisted or self.gone or self.without_run)
-
-    def still(self, later: Differences) -> Differences:
-        """Those that are the same at another look."""
-        return Differences(
-            unlisted=dict(self.unlisted.items() & later.unlisted.items()),
-            gone=[key for key in self.gone if key in set(later.gone)],
-            without_run={run: m for run, m in self.without_run.items() if run in later.without_run},
-        )
 
 
 def check_ttl(seconds: int | None) -> None:
@@ -236,7 +190,7 @@ class Checkpoints:
                 manifest_id = earlier
                 manifest = await self.manifest(manifest_id)
             failpoints.reach("publish.named")
-            await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+            await self._catalog.write(lambda c: index.put(c, key, manifest_id, manifest))
         return manifest_id
 
     @_limited
@@ -265,7 +219,7 @@ class Checkpoints:
 
     async def discard_unused(self, manifest_ids: Iterable[str]) -> None:
         """Let go of those unnamed manifests that no row refers to."""
-        used = await self._catalog.read(_referred_to)
+        used = await self._catalog.read(index.referred_to)
         await self.discard([id for id in manifest_ids if id not in used])
 
     @_limited
@@ -281,7 +235,7 @@ class Checkpoints:
                 if not await self._is_remnant(key, owner):
                     raise
             await self._change(self.store.delete_name, key)
-            await self._catalog.write(lambda c: _unindex(c, [key]))
+            await self._catalog.write(lambda c: index.remove(c, [key]))
 
     async def set_ttl(self, key: NameKey, owner: str, ttl_seconds: int | None) -> None:
         """Let a checkpoint expire that many seconds from now, or never."""
@@ -297,7 +251,7 @@ class Checkpoints:
         self, owner: str, *, run_id: str | None = None, offset: int = 0, limit: int | None = None
     ) -> tuple[list[Checkpoint], int]:
         """An owner's checkpoints, newest first, and how many there are in all."""
-        where = (checkpoints.c.owner == owner) & _alive()
+        where = (checkpoints.c.owner == owner) & index.alive()
         if run_id is not None:
             where &= checkpoints.c.run_id == run_id
 
@@ -306,7 +260,7 @@ class Checkpoints:
                 sa.select(sa.func.count()).select_from(checkpoints).where(where)
             )
             rows = connection.execute(
-                _with_own_size()
+                index.select_with_own_size()
                 .where(where)
                 .order_by(checkpoints.c.created.desc(), checkpoints.c.name)
                 .offset(offset)
@@ -320,7 +274,10 @@ class Checkpoints:
         """Bytes of the blobs that no other checkpoint has."""
         return await self._catalog.read(
             lambda c: (
-                c.scalar(sa.select(_own_size()).select_from(checkpoints).where(_row(key))) or 0
+                c.scalar(
+                    sa.select(index.own_size_of()).select_from(checkpoints).where(index.row_of(key))
+                )
+                or 0
             )
         )
 
@@ -329,9 +286,11 @@ class Checkpoints:
 
         def query(connection: sa.Connection) -> dict[str, Checkpoint]:
             rows = connection.execute(
-                _with_own_size()
-                .where(checkpoints.c.run_id.in_(run_ids) & (checkpoints.c.kind == kind) & _alive())
-                .order_by(*_IN_A_RUN)
+                index.select_with_own_size()
+                .where(
+                    checkpoints.c.run_id.in_(run_ids) & (checkpoints.c.kind == kind) & index.alive()
+                )
+                .order_by(*index.IN_A_RUN)
             )
             return {row.run_id: Checkpoint(**row._mapping) for row in rows}
 
@@ -344,8 +303,8 @@ class Checkpoints:
             rows = connection.execute(
                 sa.select(checkpoints)
                 .where((checkpoints.c.run_id == run_id) & (checkpoints.c.kind == "weights"))
-                .where(_alive())
-                .order_by(*(column.desc() for column in _IN_A_RUN))
+                .where(index.alive())
+                .order_by(*(column.desc() for column in index.IN_A_RUN))
             )
             return [NameKey(row.run_id, row.kind, row.name) for row in rows]
 
@@ -373,7 +332,7 @@ class Checkpoints:
         for key in report.names:
             async with self._changing(key):
                 if await self._call(self.store.resolve, key) is None:  # not saved again meanwhile
-                    await self._catalog.write(partial(_unindex, keys=[key]))
+                    await self._catalog.write(partial(index.remove, keys=[key]))
         return report
 
     async def differences(self) -> Differences:
@@ -383,24 +342,7 @@ class Checkpoints:
         written, or for this look only.
         """
         named = dict(await self._call(lambda: list(self.store.names(on_damage=_log_damage))))
-
-        def query(connection: sa.Connection) -> tuple[dict[NameKey, sa.Row[Any]], set[str]]:
-            rows = {
-                NameKey(row.run_id, row.kind, row.name): row
-                for row in connection.execute(sa.select(checkpoints))
-            }
-            return rows, set(connection.scalars(sa.select(runs.c.id).distinct()))
-
-        rows, known = await self._catalog.read(query)
-        listed = {key: row.manifest for key, row in rows.items()}
-        return Differences(
-            unlisted={key: m for key, m in named.items() if listed.get(key) != m},
-            gone=[key for key in rows if key not in named],
-            without_run={key.run: m for key, m in named.items() if key.run not in known},
-            unpositioned=[
-                key for key, m in named.items() if listed.get(key) == m and rows[key].seq is None
-            ],
-        )
+        return await self._catalog.read(partial(index.compare, named=named))
 
     async def reconcile(self) -> tuple[int, int]:
         """Make the index agree with the store; how many rows were added or changed, and removed.
@@ -433,13 +375,13 @@ class Checkpoints:
             try:
                 manifest_id = await self._in_thread(self.store.resolve, key)
                 if manifest_id is None:
-                    await self._catalog.write(lambda c: _unindex(c, [key]))
+                    await self._catalog.write(lambda c: index.remove(c, [key]))
                     return False
                 manifest = await self._in_thread(self.store.read_manifest, manifest_id)
             except StoreError as error:
                 _log_damage(error)
                 return None
-            await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+            await self._catalog.write(lambda c: index.put(c, key, manifest_id, manifest))
             return True
 
     async def discard_orphans(self) -> int:
@@ -450,7 +392,7 @@ class Checkpoints:
         catalog does not know, since it may be the catalog that was lost: `holdfast doctor` gives
         them a name.
         """
-        used = await self._catalog.read(_referred_to)
+        used = await self._catalog.read(index.referred_to)
         found = await self._call(lambda: list(self.store.unnamed(on_damage=_log_damage)))
         known = await self._catalog.read(stored.trained)
         orphans = [id for id, manifest in found if id not in used and manifest.run in known]
@@ -469,7 +411,7 @@ class Checkpoints:
             await self._owned(key, owner)
             manifest_id = await self._change(lambda: self.store.amend(key, **changes))
             manifest = await self.manifest(manifest_id)
-            await self._catalog.write(lambda c: _index(c, key, manifest_id, manifest))
+            await self._catalog.write(lambda c: index.put(c, key, manifest_id, manifest))
 
     def _changing(self, key: NameKey) -> asyncio.Lock:
         """Held while a name and its row are changed: together, or the row may be of another one."""
@@ -477,7 +419,9 @@ class Checkpoints:
 
     async def _is_remnant(self, key: NameKey, owner: str) -> bool:
         """Whether an owner's name is damaged, or its deletion was interrupted by the catalog."""
-        listed = sa.select(checkpoints.c.name).where(_row(key) & (checkpoints.c.owner == owner))
+        listed = sa.select(checkpoints.c.name).where(
+            index.row_of(key) & (checkpoints.c.owner == owner)
+        )
         of_run = sa.select(runs.c.id).where((runs.c.id == key.run) & (runs.c.owner == owner))
 
         is_listed, is_of_run = await self._catalog.read(
@@ -548,108 +492,9 @@ _MEANING: dict[type[StoreError], tuple[Reason, Category]] = {
 """What the store's errors are to a caller; the first that fits."""
 
 
-def _referred_to(connection: sa.Connection) -> set[str]:
-    """Manifests that recovery points, samplers and unsettled operations need."""
-    queries = (
-        sa.select(snapshots.c.manifest),
-        sa.select(samplers.c.manifest).where(samplers.c.manifest.is_not(None)),
-        sa.select(operations.c.target).where(
-            operations.c.target.is_not(None) & operations.c.settled.is_(None)
-        ),
-    )
-    return {manifest_id for query in queries for manifest_id in connection.scalars(query)}
-
-
 def _log_damage(error: StoreError) -> None:
     _log.error("damage in the store", error=str(error))
 
 
 def _no_checkpoint(key: NameKey, hint: str = "") -> RunError:
     return not_found("checkpoint", f"tinker://{key.run}/{key.kind}/{key.name}", hint)
-
-
-_IN_A_RUN = (sa.func.coalesce(checkpoints.c.seq, -1), checkpoints.c.created)
-"""By which the checkpoints of one run are ordered: a clock may be set back."""
-
-
-def _alive() -> sa.ColumnElement[bool]:
-    return checkpoints.c.expires.is_(None) | (checkpoints.c.expires > time.time())
-
-
-def _row(key: NameKey) -> sa.ColumnElement[bool]:
-    return (
-        (checkpoints.c.run_id == key.run)
-        & (checkpoints.c.kind == key.kind)
-        & (checkpoints.c.name == key.name)
-    )
-
-
-def _own_size() -> sa.ColumnElement[int]:
-    """Of a row of the index, as a subquery."""
-    other = files.alias("other")
-    shared = sa.exists().where(
-        (other.c.hash == files.c.hash)
-        & (
-            (other.c.run_id != files.c.run_id)
-            | (other.c.kind != files.c.kind)
-            | (other.c.name != files.c.name)
-        )
-    )
-    return (
-        sa.select(sa.func.coalesce(sa.func.sum(files.c.size), 0))
-        .where(
-            (files.c.run_id == checkpoints.c.run_id)
-            & (files.c.kind == checkpoints.c.kind)
-            & (files.c.name == checkpoints.c.name)
-            & ~shared
-        )
-        .correlate(checkpoints)
-        .scalar_subquery()
-    )
-
-
-def _with_own_size() -> sa.Select[Any]:
-    return sa.select(checkpoints, _own_size().label("own_size"))
-
-
-def _unindex(connection: sa.Connection, keys: Iterable[NameKey]) -> None:
-    for key in keys:
-        connection.execute(checkpoints.delete().where(_row(key)))
-        connection.execute(
-            files.delete().where(
-                (files.c.run_id == key.run)
-                & (files.c.kind == key.kind)
-                & (files.c.name == key.name)
-            )
-        )
-
-
-def _index(connection: sa.Connection, key: NameKey, manifest_id: str, manifest: Manifest) -> None:
-    _unindex(connection, [key])
-    connection.execute(
-        checkpoints.insert().values(
-            run_id=key.run,
-            kind=key.kind,
-            name=key.name,
-            manifest=manifest_id,
-            owner=manifest.owner,
-            created=manifest.created,
-            expires=manifest.expires,
-            public=manifest.public,
-            size=manifest.size,
-            step=manifest.step,
-            user_metadata=manifest.user_metadata,
-            seq=manifest.seq,
-        )
-    )
-    for file, blob in manifest.files.items():
-        connection.execute(
-            files.insert().values(
-                run_id=key.run,
-                kind=key.kind,
-                name=key.name,
-                file=file,
-                hash=blob.hash,
-                size=blob.size,
-            )
-        )

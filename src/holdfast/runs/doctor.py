@@ -19,8 +19,9 @@ import sqlalchemy as sa
 from holdfast.catalog import Catalog
 from holdfast.catalog.tables import checkpoints, runs, snapshots
 from holdfast.runs import journal, stored
-from holdfast.runs.checkpoints import Checkpoints, Differences
+from holdfast.runs.checkpoints import Checkpoints
 from holdfast.runs.errors import RunError
+from holdfast.runs.index import Differences
 from holdfast.runs.segments import Segments
 from holdfast.store import Manifest, MissingManifest, NameKey, Store, StoreError
 from holdfast.store.base import Progress

@@ -31,10 +31,10 @@ from holdfast.protocol.futures import FutureHandle
 from holdfast.protocol.paths import CheckpointPath, check_user_name
 from holdfast.protocol.training import OptimizerConfig
 from holdfast.runs import bodies
-from holdfast.runs.checkpoints import Checkpoint as Row
 from holdfast.runs.checkpoints import check_ttl
 from holdfast.runs.copies import Destination
 from holdfast.runs.errors import RunError
+from holdfast.runs.index import Checkpoint as Row
 from holdfast.server.context import Context, ContextDep, OwnerDep, RunsDep, idempotency_key
 from holdfast.server.routes.models import check_optimizer
 from holdfast.server.submit import submit
