@@ -171,11 +171,12 @@ def _until(
         ours.step()
         seconds.append(time.perf_counter() - begin)
         status = rest.get_training_run(client.model_id).result().status
-        if status is not None and status.snapshot is not None and len(positions) < snapshots:
-            positions.add(status.snapshot.position)
+        newest = None if status is None else status.snapshot
+        if newest is not None and newest.position // 2 >= NEIGHBOURS and len(positions) < snapshots:
+            positions.add(newest.position)
     # Step n has the numbers 2n + 1 and 2n + 2; a state is copied before the number that follows.
     taken = sorted({position // 2 for position in positions})
-    return seconds, [n for n in taken if NEIGHBOURS <= n < len(seconds) - NEIGHBOURS]
+    return seconds, [n for n in taken if n < len(seconds) - NEIGHBOURS]
 
 
 def delays(seconds: list[float], steps: Iterable[int]) -> list[float]:
