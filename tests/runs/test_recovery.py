@@ -40,6 +40,15 @@ def train(clients: Clients, x: int) -> None:
     clients._submit(run, OPTIM_STEP, steps())
 
 
+def train_with_pauses(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have snapshots when the run is idle, and at no other time."""
+    monkeypatch.setattr(Publisher, "due", False)
+    for x in range(3):
+        train(clients, x)
+        clients.all_end()
+        clients._world.let(30.0)
+
+
 def save(clients: Clients, name: str) -> None:
     clients._submit(clients.all[0], bodies.SAVE_WEIGHTS, Save(name))
 
@@ -329,11 +338,7 @@ def test_a_run_whose_only_snapshot_is_damaged_is_replayed_from_its_beginning(
 def test_a_damaged_snapshot_does_not_displace_an_intact_one(
     clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Publisher, "due", False)
-    for x in range(3):
-        train(clients, x)
-        clients.all_end()
-        clients._world.let(30.0)  # idle: a snapshot
+    train_with_pauses(clients, monkeypatch)
     (newest, manifest_id), (older, _) = points(clients)
     damage(clients, manifest_id)
     clients.kill()
@@ -352,11 +357,7 @@ def test_a_damaged_snapshot_does_not_displace_an_intact_one(
 def test_a_damaged_snapshot_is_let_go_unless_something_else_refers_to_it(
     clients: Clients, monkeypatch: pytest.MonkeyPatch, referred_to: bool
 ) -> None:
-    monkeypatch.setattr(Publisher, "due", False)
-    for x in range(3):
-        train(clients, x)
-        clients.all_end()
-        clients._world.let(30.0)  # idle: a snapshot
+    train_with_pauses(clients, monkeypatch)
     (_, newest), (_, older) = points(clients)
     damage(clients, newest)
     if referred_to:

@@ -457,13 +457,11 @@ class Samplers:
 
 
 async def _compute(host: Host, files: Mapping[str, Blob] | None, body: bytes) -> bytes:
-    """Raises RunError of reason "unavailable" when the storage fails."""
+    """Raises Unavailable when the storage fails."""
     try:
         async with host.computing() as (engine, _):
             return await engine.sample(files, body)
     except EngineError as error:
         if not storage_failed(error):
             raise
-        raise RunError(
-            error.code, error.message, reason="unavailable", category="server"
-        ) from error
+        raise Unavailable(error.code, error.message) from error
