@@ -221,18 +221,27 @@ def test_segments_go_when_nothing_refers_to_them(
     catalog.close()
 
 
-def test_what_is_left_in_a_segment_does_not_keep_all_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def nearly_unreferenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> tuple[Catalog, Segments]:
+    """So many closed segments of ten bodies each, of which the last one alone is still kept."""
     monkeypatch.setattr(segments, "FULL", 10 * LARGE)
     catalog = Catalog.open_file(tmp_path / "catalog.db")
     files = Segments(tmp_path / "segments")
     with catalog._engine.begin() as connection:
         add_run(connection)
-        for seq in range(10):
+        for seq in range(10 * count):
             add(connection, files, seq, BIG + b"%d" % seq)
         files.sync()
-        contents.remove(connection, [Address(KEY.id, 0, seq) for seq in range(9)], "body")
+        ends = [seq for seq in range(10 * count) if seq % 10 != 9]
+        contents.remove(connection, [Address(KEY.id, 0, seq) for seq in ends], "body")
+    return catalog, files
+
+
+def test_what_is_left_in_a_segment_does_not_keep_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog, files = nearly_unreferenced(tmp_path, monkeypatch, 1)
     (old,) = files.closed()
     assert remove_unreferenced(catalog, files) == []  # moved, but not yet durably
     assert remove_unreferenced(catalog, files) == [old]
@@ -245,16 +254,7 @@ def test_what_is_left_in_a_segment_does_not_keep_all_of_it(
 def test_what_is_damaged_in_one_segment_keeps_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segments, "FULL", 10 * LARGE)
-    catalog = Catalog.open_file(tmp_path / "catalog.db")
-    files = Segments(tmp_path / "segments")
-    with catalog._engine.begin() as connection:
-        add_run(connection)
-        for seq in range(20):
-            add(connection, files, seq, BIG + b"%d" % seq)
-        files.sync()
-        ends = [seq for seq in range(20) if seq % 10 != 9]
-        contents.remove(connection, [Address(KEY.id, 0, seq) for seq in ends], "body")
+    catalog, files = nearly_unreferenced(tmp_path, monkeypatch, 2)
     first, second = files.closed()  # in the order in which they are looked at
     for row in catalog.read_now(lambda c: c.execute(sa.select(rows)).all()):
         if row.segment == first:
