@@ -24,6 +24,7 @@ from holdfast.engine.process import WorkerProcess
 from holdfast.store import Store
 from tests.engine.conftest import MakeCore
 from tests.engine.helpers import BUDGET, NAME, make_batch, run_config
+from tests.support.preloaded import quick_starts
 
 pytestmark = pytest.mark.anyio
 
@@ -46,6 +47,13 @@ async def started(source: Path, store: Path) -> AsyncIterator[WorkerProcess]:
 @pytest.fixture
 def small(model_dir: Callable[[str], Path]) -> Path:
     return model_dir("qwen3")
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked from what has loaded their libraries."""
+    for name, value in quick_starts().items():
+        monkeypatch.setenv(name, value)
 
 
 async def test_answers_are_those_of_the_engine(
@@ -112,6 +120,7 @@ async def test_answers_are_those_of_the_engine(
         await worker.drop("run")
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.3])
 async def test_a_kill_ends_every_call(delay: float, small: Path, tmp_path: Path) -> None:
     """While loading, while computing, and with answers on their way."""
@@ -267,6 +276,7 @@ async def _signs_of_life(worker: WorkerProcess, until: asyncio.Task[Any]) -> int
     return len(seen)
 
 
+@pytest.mark.usefixtures("quickly")
 async def test_a_cancelled_call_leaves_the_others_their_answers(
     small: Path, tmp_path: Path
 ) -> None:
@@ -292,6 +302,7 @@ async def test_a_worker_finishes_its_saves_before_it_closes(small: Path, tmp_pat
     assert await worker.wait_died() == 0
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
 async def test_a_base_model_that_cannot_be_loaded(
     make: Callable[[Path], None], tmp_path: Path
@@ -306,6 +317,7 @@ async def test_a_base_model_that_cannot_be_loaded(
             await worker.create("run", run_config())
 
 
+@pytest.mark.usefixtures("quickly")
 async def test_a_device_that_is_not_there(small: Path, tmp_path: Path) -> None:
     device = "cuda:99"
     worker = await WorkerProcess.start(
@@ -421,6 +433,7 @@ async def test_a_killed_worker_whose_end_nothing_shows_is_taken_for_dead(
     await asyncio.sleep(0.1)
 
 
+@pytest.mark.usefixtures("quickly")
 async def test_a_write_that_hangs_is_waited_for_no_longer_while_the_training_goes_on(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

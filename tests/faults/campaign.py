@@ -26,7 +26,6 @@ from pathlib import Path
 from tests.faults.disturb import Disturber
 from tests.faults.network import Network
 from tests.faults.plan import KINDS, POSTGRES_KINDS, Disturbance, Kind, plan
-from tests.faults.preloaded import preloading
 from tests.faults.script import CLIENTS, Client, Nobody, Seen, run_script
 from tests.faults.server import FaultyServer
 from tests.faults.surroundings import SmallDisk
@@ -59,18 +58,18 @@ class Campaign:
         clients: Sequence[Client] = CLIENTS,
         *,
         model: Path,
-        preloaded: Path | None = None,
         limits: Mapping[str, float] | None = None,
         disk: SmallDisk | None = None,
         network: bool = False,
         postgres: Postgres | None = None,
         args: Sequence[str] = (),
+        quick: bool = True,
     ) -> None:
         self._steps = steps
         self._clients = clients
         self._disk = disk
         self._network = network
-        self.server = FaultyServer(directory / "server", model, preloaded, limits, postgres, args)
+        self.server = FaultyServer(directory / "server", model, limits, postgres, args, quick)
 
     @property
     def has_disk(self) -> bool:
@@ -112,7 +111,6 @@ class _Series:
     clients: Sequence[Client]
     kinds: Sequence[Kind]
     model: Path
-    preloaded: Path
     on_postgres: bool
     end: float
     """Monotonic time."""
@@ -126,7 +124,8 @@ class _Series:
         self._seeds = itertools.count(self.first_seed)
         self._lock = threading.Lock()
         self._began = time.monotonic()
-        with _campaign(self.root / "undisturbed", self.steps, self.clients, self.model) as one:
+        undisturbed = self.root / "undisturbed"
+        with _campaign(undisturbed, self.steps, self.clients, self.model, quick=False) as one:
             self._expected = one.undisturbed()
         with ThreadPoolExecutor(at_a_time) as pool:
             for done in [pool.submit(self._one_after_the_other) for _ in range(at_a_time)]:
@@ -159,7 +158,6 @@ class _Series:
                 self.steps,
                 self.clients,
                 self.model,
-                preloaded=self.preloaded,
                 limits=LIMITS,
                 network=network,
                 postgres=postgres,
@@ -222,27 +220,25 @@ def main() -> int:
         kinds = [kind for kind in kinds if not kind.endswith("full disk")]
     print(f"seed {options.seed}", flush=True)
     model = save_small_model("llama", root / "model")
-    with preloading(root, FaultyServer(root / "any", model).environment()) as preloaded:
-        series = _Series(
-            root,
-            options.seed,
-            options.steps,
-            clients[options.client],
-            kinds,
-            model,
-            preloaded,
-            on_postgres,
-            time.monotonic() + 60 * options.minutes,
-        )
-        try:
-            # Half of a script's time goes into clients' pauses.
-            series.run(max(2, len(os.sched_getaffinity(0))))
-        except BaseException:
-            told = f"seed {options.seed}: {series.kills} kills, {series.survived} scripts identical"
-            print(f"{told}, then one failed; all data and logs are kept in {root}", flush=True)
-            for seed, error in series.failed:
-                print(f"the same again: --seed {seed}   ({error!r})", flush=True)
-            raise
+    series = _Series(
+        root,
+        options.seed,
+        options.steps,
+        clients[options.client],
+        kinds,
+        model,
+        on_postgres,
+        time.monotonic() + 60 * options.minutes,
+    )
+    try:
+        # Half of a script's time goes into clients' pauses.
+        series.run(max(2, len(os.sched_getaffinity(0))))
+    except BaseException:
+        told = f"seed {options.seed}: {series.kills} kills, {series.survived} scripts identical"
+        print(f"{told}, then one failed; all data and logs are kept in {root}", flush=True)
+        for seed, error in series.failed:
+            print(f"the same again: --seed {seed}   ({error!r})", flush=True)
+        raise
     shutil.rmtree(root)
     print(f"seed {options.seed}: {series.kills} kills, {series.survived} scripts, all identical")
     return 0
@@ -255,10 +251,10 @@ def _campaign(
     clients: Sequence[Client],
     model: Path,
     *,
-    preloaded: Path | None = None,
     limits: Mapping[str, float] | None = None,
     network: bool = False,
     postgres: Postgres | None = None,
+    quick: bool = True,
 ) -> Iterator[Campaign]:
     """A campaign whose server has a disk of its own where one can be made."""
     server = directory / "server"
@@ -271,11 +267,11 @@ def _campaign(
             steps,
             clients,
             model=model,
-            preloaded=preloaded,
             limits=limits,
             disk=disk,
             network=network,
             postgres=postgres,
+            quick=quick,
         )
         with campaign.server:
             yield campaign

@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.campaign import Campaign
-from tests.faults.preloaded import preloading
 from tests.faults.script import Seen
-from tests.faults.server import FaultyServer
 from tests.support.models import save_small_model
 
 STEPS = 60
@@ -41,20 +39,13 @@ def model(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def preloaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where servers and workers are forked."""
-    directory = tmp_path_factory.mktemp("preloaded")
-    with preloading(directory, FaultyServer(directory / "any", model).environment()) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
 def undisturbed(shared: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
-    """What a script sees of a server that nobody disturbs, whose worker starts as a user's does."""
+    """What a script sees of a server that nobody disturbs, and that starts as a user's does."""
     kept = shared / "undisturbed.json"
     with _locked(shared / "undisturbed.lock"):
         if not kept.exists():
-            campaign = Campaign(tmp_path_factory.mktemp("undisturbed"), STEPS, model=model)
+            directory = tmp_path_factory.mktemp("undisturbed")
+            campaign = Campaign(directory, STEPS, model=model, quick=False)
             with campaigning(campaign):
                 seen = campaign.undisturbed()
             segments = list((campaign.server.data_dir / "segments").iterdir())

@@ -67,9 +67,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def campaigns(
-    model: Path, preloaded: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[Campaign]]:
+def campaigns(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Campaign]]:
     """Two of them, disturbed side by side: much of the time goes into clients' pauses."""
     with ExitStack() as stack:
         made = []
@@ -80,11 +78,7 @@ def campaigns(
                 disk = SmallDisk(directory / "server", 256)
                 stack.callback(disk.remove)
                 stack.callback(_keep_log, directory)
-            made.append(
-                Campaign(
-                    directory, STEPS, model=model, preloaded=preloaded, disk=disk, network=True
-                )
-            )
+            made.append(Campaign(directory, STEPS, model=model, disk=disk, network=True))
         stack.enter_context(campaigning(*made))
         yield made
 

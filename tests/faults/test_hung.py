@@ -19,10 +19,10 @@ LIMITS = {"HUNG_AFTER": 4.0, "LOADING_TAKES": 12.0, "_WATCH_EVERY": 0.5}
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_a_hung_worker_is_replaced_unseen(
-    undisturbed: list[Seen], model: Path, preloaded: Path, tmp_path: Path
+    undisturbed: list[Seen], model: Path, tmp_path: Path
 ) -> None:
     planned = [Disturbance("hung worker", 0.1), Disturbance("worker hung while loading", 0.1)]
-    campaign = Campaign(tmp_path, STEPS, model=model, preloaded=preloaded, limits=LIMITS)
+    campaign = Campaign(tmp_path, STEPS, model=model, limits=LIMITS)
     with campaigning(campaign):
         pid = campaign.server.pid
         outcome = campaign.disturbed(planned)

@@ -20,10 +20,10 @@ ADAM = types.AdamParams(learning_rate=1e-3)
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_an_operation_that_ends_the_server_fails_and_its_run_goes_on(
-    model: Path, preloaded: Path, tmp_path: Path
+    model: Path, tmp_path: Path
 ) -> None:
     with (
-        FaultyServer(tmp_path / "server", model, preloaded) as server,
+        FaultyServer(tmp_path / "server", model) as server,
         service_client(server) as service,
     ):
         client = service.create_lora_training_client(BASE_MODEL, rank=4, seed=1)

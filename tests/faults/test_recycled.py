@@ -18,13 +18,12 @@ LIMITS = {"_WATCH_EVERY": 0.5, "SHORTEST_LIFE": 1.0, "GROWN": 0.0}
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_a_recycled_worker_is_not_missed(
-    undisturbed: list[Seen], model: Path, preloaded: Path, tmp_path: Path
+    undisturbed: list[Seen], model: Path, tmp_path: Path
 ) -> None:
     campaign = Campaign(
         tmp_path,
         STEPS,
         model=model,
-        preloaded=preloaded,
         limits=LIMITS,
         args=["--worker-memory=1"],
     )

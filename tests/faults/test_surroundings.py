@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.server import SITE
 from tests.faults.surroundings import (
     SmallDisk,
     locked_database,
     no_room_for_files,
     set_clock,
 )
+from tests.support.preloaded import SITE
 from tests.support.server import ServerProcess
 
 WRITER = """

@@ -23,11 +23,9 @@ KINDS: list[Kind] = ["suspend server", "suspend worker"]
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_a_minute_s_suspension_is_not_seen(
-    undisturbed: list[Seen], model: Path, preloaded: Path, tmp_path: Path
+    undisturbed: list[Seen], model: Path, tmp_path: Path
 ) -> None:
-    campaigns = [
-        Campaign(tmp_path / kind, STEPS, model=model, preloaded=preloaded) for kind in KINDS
-    ]
+    campaigns = [Campaign(tmp_path / kind, STEPS, model=model) for kind in KINDS]
     plans = [[Disturbance(kind, 0.1, seconds=MINUTE)] for kind in KINDS]
     with campaigning(*campaigns):
         pids = [campaign.server.pid for campaign in campaigns]

@@ -5,17 +5,40 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from holdfast.cli import server_process
 from holdfast.server.data_dir import existing_store
 from holdfast.store import Manifest, NameKey, Store
+from tests.support.preloaded import python_path, quick_starts, working_pid
 
-ROOT = Path(__file__).parents[2]
+
+class _StoodIn(subprocess.Popen[bytes]):
+    """What stands in for a preloaded server: signals are for the server itself."""
+
+    def __init__(self, command: list[str], log: BinaryIO, environment: dict[str, str]) -> None:
+        super().__init__(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+    def send_signal(self, sig: int) -> None:
+        pid = self.working()
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, sig)
+
+    def working(self) -> int | None:
+        """The process of the server, waiting for it to be forked; None when it has ended."""
+        while self.poll() is None:
+            pid = working_pid(self.pid)
+            if pid is not None:
+                return pid
+            time.sleep(0.002)
+        return None
 
 
 class ServerProcess(server_process.ServerProcess):
@@ -24,8 +47,9 @@ class ServerProcess(server_process.ServerProcess):
     `models` are base models by name, beside the shipped one. The first one named is loaded at the
     start, every other one when it is first used. `settings` are fields of
     `holdfast.server.settings.Settings` that have no flag; they start the server through
-    `tests.support.serve_with` instead of the command line, and each start reads them anew. `paths`
-    are searched for modules before the installed ones.
+    `tests.support.serve_with` instead of the command line, and each start reads them anew. A
+    `quick` one and its workers are forked from what has loaded libraries, see
+    `tests.support.preloaded`; others start as a user's do.
     """
 
     def __init__(
@@ -37,7 +61,7 @@ class ServerProcess(server_process.ServerProcess):
         settings: Mapping[str, Any] | None = None,
         threads: int = 1,
         environment: Mapping[str, str] | None = None,
-        paths: Sequence[Path] = (),
+        quick: bool = True,
     ) -> None:
         super().__init__(
             directory / "data",
@@ -52,7 +76,14 @@ class ServerProcess(server_process.ServerProcess):
         self.settings = settings
         self._threads = threads
         self._environment = dict(environment or {})
-        self._paths = [str(path) for path in paths]
+        self._quick = quick
+
+    @property
+    def pid(self) -> int:
+        """The server's process; that which stands in for it only until there is one."""
+        process = self._process
+        working = process.working() if isinstance(process, _StoodIn) else None
+        return super().pid if working is None else working
 
     @property
     def log(self) -> str:
@@ -75,8 +106,17 @@ class ServerProcess(server_process.ServerProcess):
     def environment(self) -> dict[str, str]:
         """Nothing of whoever runs the tests decides what a server does."""
         ours = {k: v for k, v in os.environ.items() if not k.startswith("HOLDFAST_")}
-        paths = [str(ROOT), *self._paths, *filter(None, [ours.get("PYTHONPATH")])]
-        return {**ours, "PYTHONPATH": os.pathsep.join(paths), **self._environment}
+        start = quick_starts() if self._quick else {"PYTHONPATH": python_path()}
+        return {**ours, **start, **self._environment}
+
+    def launch(self) -> None:
+        """Start it, and wait for nothing."""
+        if not self._quick:
+            super().launch()
+            return
+        assert not self.alive, "the server runs already"
+        with self.log_file.open("ab") as log:
+            self._process = _StoodIn(self.command(), log, self.environment())
 
     def stop(self) -> bool:
         """End the server as an operator would. Idempotent."""
@@ -94,16 +134,28 @@ class ServerProcess(server_process.ServerProcess):
         self.start()
 
     def children(self) -> list[int]:
-        """The processes that the server has started and that run now."""
+        """The processes that the server has started, and those for which they stand in."""
+        found = self._children()
+        return [
+            *found,
+            *(pid for each in found if (pid := self._working(each)) not in (None, each)),
+        ]
+
+    def worker_pids(self) -> list[int]:
+        """The engine workers that run now; not those that stand in for one."""
+        found = [pid for pid in self._children() if b"holdfast.engine.worker" in _command_line(pid)]
+        return [pid for each in found if (pid := self._working(each)) is not None]
+
+    def _children(self) -> list[int]:
         try:
             found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         except (FileNotFoundError, ProcessLookupError):  # it has ended by itself
             return []
         return [int(pid) for pid in found.split()]
 
-    def worker_pids(self) -> list[int]:
-        """The engine workers that run now."""
-        return [pid for pid in self.children() if b"holdfast.engine.worker" in _command_line(pid)]
+    def _working(self, pid: int) -> int | None:
+        """The process for which one stands in, if it does."""
+        return working_pid(pid) if self._quick else pid
 
     def kill_workers(self) -> int:
         """kill -9 to every engine worker of this server; how many there were."""

@@ -1,12 +1,14 @@
 """Servers and workers that start in a fraction of the time: forked from what has loaded libraries.
 
-`python -m tests.faults.preloaded DIRECTORY server|worker` is such a process. All of Holdfast is
-imported by each fork anew, and it runs as ever: its pipes, its environment, its death by any
-signal. What a test or a server has started stands in for it, see `tests.faults.stand_in`.
+`python -m tests.support.preloaded DIRECTORY server|worker` is such a process, and ends with the
+one that has started it. All of Holdfast is imported by each fork anew, and it runs as ever: its
+pipes, its environment, its death by any signal. What a test or a server has started stands in for
+it, see `tests.support.stand_in`.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import json
@@ -14,64 +16,81 @@ import os
 import resource
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NoReturn
 
-from tests.faults.limits import change_limits
-from tests.faults.stand_in import LIMIT, PRELOADED
+from tests.support.limits import change_limits
+from tests.support.stand_in import LIMIT, PRELOADED
 
-_STARTUP = 120.0
+ROOT = Path(__file__).parents[2]
+SITE = Path(__file__).with_name("site")
+"""To be found by the processes of a server under test before what is installed."""
 _PR_SET_PDEATHSIG = 1
+_making = Lock()
 
 
-@contextmanager
-def preloading(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
-    """The directory (FAULTS_PRELOADED) in which servers and workers are forked.
+def directory() -> Path:
+    """Where servers and workers are forked: TESTS_PRELOADED of those that stand in for them.
 
-    `environment` is what they start with.
+    The same one as long as this process lives.
     """
-    with ExitStack() as stack:
-        loading = {
-            directory / name: stack.enter_context(_loading(directory, name, environment))
-            for name in PRELOADED.values()
-        }
-        for address, process in loading.items():
-            end = time.monotonic() + _STARTUP
-            while not address.exists():
-                assert process.poll() is None and time.monotonic() < end, "nothing was preloaded"
-                time.sleep(0.02)
-        yield directory
+    with _making:
+        return _directory()
 
 
-@contextmanager
-def _loading(
-    directory: Path, name: str, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.preloaded", str(directory), name],
-        # numpy's own threads would not survive a fork, and nothing here needs them.
-        env={**environment, "OPENBLAS_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()  # and with it what it has forked
+def quick_starts() -> dict[str, str]:
+    """The environment of those whose servers and workers are forked."""
+    return {"PYTHONPATH": python_path(), "TESTS_PRELOADED": str(directory())}
 
 
-def working_pid(directory: Path, stand_in: int) -> int | None:
+def python_path() -> str:
+    """Where the processes of a server under test find `sitecustomize`, and these tests."""
+    return os.pathsep.join([str(SITE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@cache
+def _directory() -> Path:
+    made = Path(tempfile.mkdtemp(prefix="preloaded-"))  # a socket's address is short
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    for name in sorted(set(PRELOADED.values())):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.preloaded", str(made), name],
+            env=_environment(),
+            stdin=subprocess.PIPE,
+        )
+        atexit.register(process.wait)
+        atexit.register(process.kill)  # and with it what it has forked
+    return made
+
+
+def _environment() -> dict[str, str]:
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("HOLDFAST_")}
+    # numpy's own threads would not survive a fork, and nothing here needs them. Those whose clock
+    # is to be wrong find it so.
+    return {
+        **ours,
+        "PYTHONPATH": python_path(),
+        "OPENBLAS_NUM_THREADS": "1",
+        "FAULTS_CLOCK": os.devnull,
+    }
+
+
+def working_pid(stand_in: int) -> int | None:
     """The process for which another one stands in; None while there is none yet, or no more."""
     with suppress(FileNotFoundError):
-        return int(_pid_file(directory, stand_in).read_text())
+        return int(_pid_file(directory(), stand_in).read_text())
     return None
 
 
@@ -109,6 +128,7 @@ class _Preloaded:
         self._listening.listen(64)
         self._selector.register(self._listening, selectors.EVENT_READ)
         self._selector.register(self._ended, selectors.EVENT_READ)
+        self._selector.register(sys.stdin, selectors.EVENT_READ)
         new.rename(self._address)
         while True:
             # One at a time: what is done for one may close the file of the next.
@@ -117,6 +137,8 @@ class _Preloaded:
                 self._fork(self._listening.accept()[0])
             elif key.fileobj is self._ended:
                 self._reap()
+            elif key.fileobj is sys.stdin:  # whoever started this is gone
+                os._exit(0)
             else:  # whoever stood in was killed
                 self._selector.unregister(key.fileobj)
                 os.kill(self._forked[key.fd].pid, signal.SIGKILL)
@@ -176,6 +198,7 @@ def _become(order: Mapping[str, Any], files: list[int]) -> NoReturn:
         os.close(file)
     os.environ.clear()
     os.environ.update(order["environment"])
+    os.chdir(order["directory"])
     resource.setrlimit(LIMIT, tuple(order["limit"]))
     sys.argv[1:] = order["arguments"]
     try:

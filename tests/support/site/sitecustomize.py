@@ -1,9 +1,9 @@
 """Changes the processes of a server under test: first on its PYTHONPATH, Python imports this.
 
 FAULTS_CLOCK names a file with the seconds by which the wall clock is wrong. The monotonic clock
-goes on, as it does when somebody sets a machine's clock. FAULTS_PRELOADED names the directory of
-`tests.faults.preloaded`, where servers and workers are forked. FAULTS_LIMITS is read by
-`tests.faults.limits`.
+goes on, as it does when somebody sets a machine's clock. TESTS_PRELOADED names the directory of
+`tests.support.preloaded`, where servers and workers are forked. FAULTS_LIMITS is read by
+`tests.support.limits`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _wrong_by() -> float:
         return 0.0
     try:
         with open(file, encoding="ascii") as opened:  # noqa: PTH123  imported by every process
-            return float(opened.read())
+            return float(opened.read() or 0.0)
     except FileNotFoundError:
         return 0.0
 
@@ -41,12 +41,12 @@ if "FAULTS_CLOCK" in os.environ:
     time.time_ns = _wrong_ns
 # Nothing more is imported by all those processes that are neither.
 _module, *_arguments = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-m"] else [""]
-if _module in ("holdfast.cli", "holdfast.engine.worker"):
-    if "FAULTS_PRELOADED" in os.environ:
-        from tests.faults.stand_in import stand_in
+if _module in ("holdfast.cli", "holdfast.engine.worker", "tests.support.serve_with"):
+    if "TESTS_PRELOADED" in os.environ:
+        from tests.support.stand_in import stand_in
 
-        stand_in(os.environ["FAULTS_PRELOADED"], _module, _arguments)
+        stand_in(os.environ["TESTS_PRELOADED"], _module, _arguments)
     if _module == "holdfast.cli":
-        from tests.faults.limits import change_limits
+        from tests.support.limits import change_limits
 
         change_limits()
