@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,8 +45,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
     "the request that it is part of: server.answer_limit, ANSWER_TAKES": (
         "runs.copies:copy:asyncio.shield(self._create(copied, asked, idempot…",
         "runs.run:_digest:asyncio.to_thread(journal.digest, body, like)",
-        "runs.run:_journal:asyncio.shield(write)",
-        "runs.run:_turn:self._submitting.acquire()",
+        "runs.submitting:__aenter__:self.lock.acquire()",
         "runs.service:_create:self._creating",
         "runs.service:_create:self.checkpoints.creating(model_id)",
         "runs.service:create:asyncio.shield(self._create(session, model_seq_id,…",
@@ -65,7 +64,9 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "server.body_limit:_drain:receive()",
         "server.body_limit:answered:send(message)",
         "server.body_limit:counted:receive()",
-        "server.direct:__call__:request.body()",
+        "server.direct:__call__:send({'type': 'http.response.body', 'body': self._…",
+        "server.direct:__call__:send({'type': 'http.response.start', 'status': 200…",
+        "server.direct:_received:receive()",
         "server.routes.service:telemetry:request.stream()",
         "server.routes.training:_submit_batch:request.body()",
     ),
@@ -99,7 +100,6 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
     "the operations before it, each on a worker": (
         "runs.engines:computing:self._admits.wait()",
         "runs.engines:engine:asyncio.wait([self._recycling])",
-        "runs.driver:restore:receiving",
         "runs.gate:_change:self._changed.wait()",
         "runs.poison:executing:gate.alone() if is_quarantined(entry) else gate.am…",
         "runs.samplers:_sample:self._turns.setdefault(sampler.id, asyncio.Lock())",
@@ -120,8 +120,8 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
     "the catalog, which has to take it; polls are answered meanwhile": (
         "runs.last_state:keep_recovery_point:pauses(1.0, 60.0)",
         "runs.run:finish:asyncio.wait([self._driver])",
-        "runs.run:finish:self._submitting",
-        "runs.run:forget_skipped:self._submitting",
+        "runs.run:finish:self._submitting.lock",
+        "runs.run:forget_skipped:self._submitting.lock",
         "runs.run:patiently:pauses(0.05)",
         "runs.run:recorded:asyncio.wait(list(self._recording.values()))",
     ),
@@ -171,7 +171,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "store.remote:get:self._pool.map(self._get, keys)",
     ),
     "some arithmetic in another thread": (
-        "catalog.database:_give_up:self._taking",
+        "catalog.database:_give_up_late_ones:self._taking",
         "catalog.database:_next_batch:self._taking",
         "engine.worker:release:self._changed",
         "engine.worker:reserve:self._changed",
@@ -207,14 +207,20 @@ def trees() -> Iterator[tuple[str, ast.Module]]:
 
 
 def contexts_of_ours() -> set[str]:
-    """Names of context managers whose own waits are looked at."""
+    """Names of context managers, functions and classes, whose own waits are looked at."""
     return {
-        function.name
+        node.name
         for _, tree in trees()
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        and any(ast.unparse(d).endswith("contextmanager") for d in function.decorator_list)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and _makes_a_context(node)
     }
+
+
+def _makes_a_context(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    if isinstance(node, ast.ClassDef):
+        return any(getattr(part, "name", "") == "__aenter__" for part in node.body)
+    return any(ast.unparse(d).endswith("contextmanager") for d in node.decorator_list)
 
 
 class Waits(ast.NodeVisitor):
@@ -224,13 +230,8 @@ class Waits(ast.NodeVisitor):
         self.found: set[str] = set()
         self._module = module
         self._ours = ours
-        self._locks = {
-            ast.unparse(node.targets[0])
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign)
-            and isinstance(node.value, ast.Call)
-            and _last_name(node.value.func) in LOCKS
-        }
+        self._locks = _made_of(LOCKS, tree)
+        self._contexts = _made_of(ours, tree)
         self._function: list[str] = []
         self._is_limited = False
         self.visit(tree)
@@ -257,10 +258,15 @@ class Waits(ast.NodeVisitor):
             entered = item.context_expr
             if _is_limit(entered):
                 self._is_limited = True
-            elif not isinstance(entered, ast.Call) or _last_name(entered.func) not in self._ours:
+            elif not self._is_of_ours(entered):
                 self._note(entered)
         self.generic_visit(node)
         self._is_limited = is_limited
+
+    def _is_of_ours(self, entered: ast.expr) -> bool:
+        if isinstance(entered, ast.Call):
+            return _last_name(entered.func) in self._ours
+        return ast.unparse(entered) in self._contexts
 
     def visit_AsyncFor(self, node: ast.AsyncFor) -> None:
         self._note(node.iter)
@@ -281,6 +287,17 @@ class Waits(ast.NodeVisitor):
             text = ast.unparse(node)
             text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
             self.found.add(":".join((self._module, *self._function[-1:], text)))
+
+
+def _made_of(classes: Collection[str], tree: ast.Module) -> set[str]:
+    """What is assigned an object of one of these classes."""
+    return {
+        ast.unparse(node.targets[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and _last_name(node.value.func) in classes
+    }
 
 
 def _last_name(node: ast.expr) -> str:
@@ -366,3 +383,9 @@ def test_a_wait_without_a_limit_is_found(code: str, is_found: bool) -> None:
 def test_a_lock_is_known_by_its_making() -> None:
     tree = ast.parse("a = threading.Lock()\nb = open(path)\nwith a: pass\nwith b: pass")
     assert Waits("module", tree, set()).found == {"module:a"}
+
+
+def test_a_context_of_ours_is_known_by_its_making() -> None:
+    made = "self.a = Ours()\nself.b = Theirs()"
+    tree = ast.parse(f"{made}\nasync def g():\n  async with self.a, self.b: pass")
+    assert Waits("module", tree, {"Ours"}).found == {"module:g:self.b"}

@@ -85,6 +85,41 @@ async def test_writes_that_wait_together_share_a_commit_and_fail_alone(catalog: 
 
 
 @pytest.mark.anyio
+async def test_the_end_of_a_write_is_told_also_when_nobody_waits_any_more(catalog: Catalog) -> None:
+    told: list[Exception | None] = []
+    taken = catalog.begin_write(partial(execute, add_key("a")), told.append)
+    twice = catalog.begin_write(partial(execute, add_key("a")), told.append)
+    taken.cancel()
+    with pytest.raises(sa.exc.IntegrityError):
+        await twice
+    assert [type(error) for error in told] == [type(None), sa.exc.IntegrityError]
+    assert await catalog.read(count) == 1
+
+
+@pytest.mark.anyio
+async def test_what_is_told_of_a_write_is_told_before_whoever_waits_goes_on(
+    catalog: Catalog,
+) -> None:
+    told: list[str] = []
+    await catalog.begin_write(count, lambda _: told.append("the end"))
+    told.append("who waited")
+    assert told == ["the end", "who waited"]
+
+
+@pytest.mark.anyio
+async def test_a_defect_at_the_end_of_a_write_is_nobody_else_s(catalog: Catalog) -> None:
+    def defect(_: object) -> None:
+        raise ZeroDivisionError
+
+    first = catalog.begin_write(partial(execute, add_key("a")), defect)
+    second = catalog.begin_write(partial(execute, add_key("b")))
+    with pytest.raises(ZeroDivisionError):
+        await first
+    await second
+    assert await catalog.read(count) == 2
+
+
+@pytest.mark.anyio
 async def test_a_returned_write_is_seen_by_another_process(
     catalog: Catalog, open_catalog: Callable[[], Catalog]
 ) -> None:

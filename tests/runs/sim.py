@@ -198,12 +198,16 @@ class SimCatalog(Catalog):
         self._since_tidied = 0
         self._batch: list[database._Work[Any]] = []
 
-    def begin_write(self, work: Callable[[sa.Connection], T]) -> asyncio.Future[T]:
+    def begin_write(
+        self,
+        work: Callable[[sa.Connection], T],
+        ended: Callable[[Exception | None], object] | None = None,
+    ) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if not self._batch:
             loop.call_later(self._world.pause("commit"), self._commit_batch)
-        self._batch.append(database._Work(work, loop, future))
+        self._batch.append(database._Work(work, ended, loop, future, loop.time()))
         return future
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:

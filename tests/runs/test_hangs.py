@@ -17,7 +17,7 @@ from holdfast.runs.bodies import FORWARD_BACKWARD, Load, Save
 from holdfast.runs.checkpoints import STORE_TAKES, Checkpoints
 from holdfast.runs.errors import RunError, Unavailable
 from holdfast.runs.journal import Failure
-from holdfast.runs.run import SUBMISSION_WAITS
+from holdfast.runs.submitting import SUBMISSION_WAITS
 from holdfast.store import LocalStore, Manifest, NameKey
 from tests.store.samples import WEIGHTS, key_of, manifest_of
 
@@ -106,8 +106,15 @@ def test_nor_for_longer_when_it_comes_as_the_turn_changes(
             changes.setattr(world, "pause", pause)
             sent = [asyncio.create_task(first)]
             await asyncio.sleep(1.0)
-            assert live._writing is not None
-            live._writing.add_done_callback(lambda _: sent.append(asyncio.create_task(third)))
+            lock = live._submitting.lock
+            release = lock.release
+
+            def change() -> None:
+                changes.setattr(lock, "release", release)
+                release()
+                sent.append(asyncio.create_task(third))
+
+            changes.setattr(lock, "release", change)
             sent.insert(1, asyncio.create_task(second))
             await asyncio.sleep(10.0)
             began = world.clock.now

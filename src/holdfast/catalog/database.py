@@ -52,6 +52,8 @@ _READERS = 8
 _MOST_IN_ONE_COMMIT = 256
 _WRITES_BETWEEN_TIDYING = 128
 _PAUSE = 0.2
+_LOOKS = 20
+"""Times in `WRITE_WAITS` that is looked for writes that have waited so long."""
 
 _log = logging.getLogger("holdfast.catalog")
 
@@ -78,6 +80,8 @@ class Catalog:
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """For the writer: True when something waits, False at the end."""
         self._is_called = False
+        self._watching: set[asyncio.AbstractEventLoop] = set()
+        """Loops with a timer that looks after the writes that wait: one for all of them."""
         self._readers = Threads("catalog-reader", _READERS)
         self._tidying = Beside("catalog-tidier", self._tidy_beside, lambda: self._calls.put(True))
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
@@ -133,17 +137,22 @@ class Catalog:
         """
         return await self.begin_write(work)
 
-    def begin_write(self, work: Callable[[sa.Connection], T]) -> asyncio.Future[T]:
+    def begin_write(
+        self,
+        work: Callable[[sa.Connection], T],
+        ended: Callable[[Exception | None], object] | None = None,
+    ) -> asyncio.Future[T]:
         """`write`, for a caller with something to do at its end: also when nobody waits any more.
 
-        Awaiting the future would cancel it with the one who waits; a shield does not.
+        `ended` is told the error, or None, before whoever waits for the future goes on.
         """
         loop = asyncio.get_running_loop()
-        item = _Work(work, loop, loop.create_future())
+        item = _Work(work, ended, loop, loop.create_future(), loop.time())
         self._waiting.append(item)
         # Not at once: what this turn of the loop brings besides shares the commit.
         loop.call_soon(self._call_writer)
-        item.patience = loop.call_later(WRITE_WAITS, self._give_up, item)
+        if loop not in self._watching:
+            self._watch(loop)
         return item.future
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
@@ -266,16 +275,26 @@ class Catalog:
             size = min(waiting, len(self._waiting), _MOST_IN_ONE_COMMIT)
             return [self._waiting.popleft() for _ in range(size)]
 
-    def _give_up(self, item: _Work[Any]) -> None:
-        """Have a write whose turn has not come not be made at all."""
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._watching.add(loop)
+        loop.call_later(WRITE_WAITS / _LOOKS, self._give_up_late_ones, loop)
+
+    def _give_up_late_ones(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have writes whose turn has not come in time not be made at all."""
+        before = loop.time() - WRITE_WAITS
         with self._taking:
-            if item not in self._waiting:
-                return
-            self._waiting.remove(item)
-        item.error = CatalogUnavailable(
-            f"the catalog {self.address} has not come to this write for {WRITE_WAITS:.0f} s"
-        )
-        item.resolve()
+            mine = [item for item in self._waiting if item.loop is loop]
+            late = [item for item in mine if item.since <= before]
+            for item in late:
+                self._waiting.remove(item)
+        self._watching.discard(loop)
+        if len(late) < len(mine):
+            self._watch(loop)
+        for item in late:
+            item.error = CatalogUnavailable(
+                f"the catalog {self.address} has not come to this write for {WRITE_WAITS:.0f} s"
+            )
+            item.resolve()
 
     def _next_call(self) -> bool:
         """Wait until something is to be written. Before that have tidied what is due."""
@@ -436,17 +455,22 @@ class Catalog:
 @dataclass(slots=True, eq=False)
 class _Work(Generic[T]):
     call: Callable[[sa.Connection], T]
+    ended: Callable[[Exception | None], object] | None
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[T]
-    patience: asyncio.TimerHandle | None = None
-    """Ends the wait for its turn."""
+    since: float
+    """When it began to wait, by the loop's clock."""
     result: T | None = None
     error: Exception | None = None
 
     def resolve(self) -> None:
         """Tell whoever waits."""
-        if self.patience is not None:
-            self.patience.cancel()
+        if self.ended is not None:
+            try:
+                self.ended(self.error)
+            except Exception as defect:  # not at the cost of the others in the transaction
+                _log.exception("the end of a write met a defect")
+                self.error = defect
         if self.future.done():
             return
         if self.error is not None:

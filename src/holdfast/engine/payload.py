@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
@@ -90,8 +91,24 @@ def encode_batch(
         tensors[f"{i}.tokens"] = tokens
         for name, value in inputs.items():
             tensors[f"{i}.inputs.{name}"] = value
-    meta = {"count": len(data), "loss_fn": loss_fn, "loss_fn_config": dict(loss_fn_config)}
-    return _encode("holdfast.batch.1", meta, tensors)
+    is_plain = not loss_fn_config and len(loss_fn) <= _LONGEST_REMEMBERED
+    meta = _plain_batch_meta if is_plain else partial(_batch_meta, config=loss_fn_config)
+    return _encode(meta(len(data), loss_fn), tensors)
+
+
+_LONGEST_REMEMBERED = 64
+"""Characters of a loss function's name; more than any has."""
+
+
+def _batch_meta(count: int, loss_fn: str, config: Mapping[str, float | str]) -> str:
+    meta = {"count": count, "loss_fn": loss_fn, "loss_fn_config": dict(config)}
+    return _meta("holdfast.batch.1", meta)
+
+
+@lru_cache(maxsize=256)
+def _plain_batch_meta(count: int, loss_fn: str) -> str:
+    """A loop's batches are alike in this."""
+    return _batch_meta(count, loss_fn, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,21 +329,28 @@ _meta_text = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def _encode_arrays(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
-    return _encode(kind, meta, {name: _stored(name, value) for name, value in tensors.items()})
+    stored = {name: _stored(name, value) for name, value in tensors.items()}
+    return _encode(_meta(kind, meta), stored)
 
 
-def _encode(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bytes:
-    """The bytes that safetensors would write, which takes its time to learn where they are."""
+def _meta(kind: str, meta: Mapping[str, Any]) -> str:
+    """The beginning of a document's header: what is no tensor."""
     # One metadata entry only: safetensors keeps no order among several.
     text = _meta_text({"format": kind, **meta})
-    header = [f'{{"__metadata__":{{"holdfast":{encode_basestring(text)}}}']
+    return f'{{"__metadata__":{{"holdfast":{encode_basestring(text)}}}'
+
+
+def _encode(meta: str, tensors: Mapping[str, Stored]) -> bytes:
+    """The bytes that safetensors would write, which takes its time to learn where they are."""
+    header = [meta]
     content: list[bytes] = []
     end = 0
-    for _, name in sorted((_RANKS[value.code], name) for name, value in tensors.items()):
+    for _, name in sorted([(_RANKS[value.code], name) for name, value in tensors.items()]):
         code, shape, data = tensors[name]
         start, end = end, end + len(data)
+        sizes = shape[0] if len(shape) == 1 else ",".join(map(str, shape))
         header.append(
-            f'{encode_basestring(name)}:{{"dtype":"{code}","shape":[{",".join(map(str, shape))}],'
+            f'{encode_basestring(name)}:{{"dtype":"{code}","shape":[{sizes}],'
             f'"data_offsets":[{start},{end}]}}'
         )
         content.append(data)

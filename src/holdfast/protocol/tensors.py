@@ -208,9 +208,8 @@ class Tensor:
     def from_protobuf(cls, message: pb.Tensor) -> Tensor:
         """Read a message; without a shape a dense tensor has one dimension."""
         dtype = dtype_from_wire(message.dtype)
-        shape = tuple(message.shape)
-        encoding = message.WhichOneof("encoding")
-        if encoding == "sparse_csr":
+        shape = tuple(message.shape[:])
+        if message.HasField("sparse_csr"):
             csr = message.sparse_csr
             return cls(dtype, shape, csr.values, Csr(csr.crow_indices, csr.col_indices))
         data = message.dense

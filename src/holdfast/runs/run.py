@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from holdfast.runs.journal import Failure, Outcome, RunKey
 from holdfast.runs.order import Accept, Entry, Gap, Order, State
 from holdfast.runs.segments import Segments
 from holdfast.runs.stopping import Stopping
+from holdfast.runs.submitting import Submitting
 from holdfast.store.retries import STORAGE_WAITED_FOR, pauses
 
 T = TypeVar("T")
@@ -43,10 +44,6 @@ _REQUEST_NOTED_EVERY = 1.0
 
 _AFTER_WHAT_HAS_BEGUN = frozenset({"model_unloaded", "session_ended"})
 """Codes of ends that come from outside: what had been begun then is finished."""
-
-SUBMISSION_WAITS = 30.0
-"""Seconds for which a submission waits for the one before it to be journaled: the catalog may hang
-in that write, and whoever sends on must not be kept, with all that is sent, until it ends."""
 
 _WANTED_FOR = 60.0
 """Seconds after a request for which its client is taken to wait: longer than between two polls."""
@@ -139,11 +136,7 @@ class Run:
         self._unrecorded = False
         self._noted: Failure | None = None
         """The end that is noted durably: nothing more is taken, though it has not come yet."""
-        self._submitting = asyncio.Lock()
-        self._turns = 0
-        """Submissions that have that lock, or wait for it."""
-        self._writing: asyncio.Future[None] | None = None
-        """The write of the submission that has its turn."""
+        self._submitting = Submitting()
         self._driver: asyncio.Task[None] | None = None
 
     # --- Submissions -------------------------------------------------------------------------
@@ -163,7 +156,7 @@ class Run:
         ended; Unavailable when the server stops or the journal took nothing. A caller that goes
         away while it waits takes nothing back: what is journaled is also put in its place.
         """
-        async with self._turn():
+        async with self._submitting:
             recorded = self.order[seq].body_hash if self.order.knows(seq) else None
             body_hash = await _digest(body, recorded)
             self._asked = time.monotonic()
@@ -216,7 +209,7 @@ class Run:
         An operation that was accepted under that number stays as it is. Nobody waits for one that
         is far too high.
         """
-        async with self._turn():
+        async with self._submitting:
             self.services.stopping.check()
             if self.order.is_too_far(seq):
                 return
@@ -232,62 +225,24 @@ class Run:
                 await self._accept_late(seq, kind, None, failure)
         self.wake.set()
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """One submission after the other. Raises Unavailable when the one before takes too long.
-
-        What is being written when its caller goes away is the one before until that has ended.
-        """
-        self._turns += 1
-        try:
-            if self._turns == 1:  # most find it so, and a timeout has its price
-                await self._submitting.acquire()
-            else:
-                async with asyncio.timeout(SUBMISSION_WAITS):
-                    await self._submitting.acquire()
-        except BaseException as error:
-            self._turns -= 1
-            if not isinstance(error, TimeoutError):
-                raise
-            raise Unavailable(
-                "journal_unavailable",
-                f"the request before this one has not been journaled for {SUBMISSION_WAITS:.0f} s; "
-                "send it again",
-            ) from None
-        try:
-            yield
-        finally:
-            writing, self._writing = self._writing, None
-            if writing is None or writing.done():
-                self._end_turn()
-            else:
-                writing.add_done_callback(lambda _: self._end_turn())
-
-    def _end_turn(self) -> None:
-        self._turns -= 1
-        self._submitting.release()
-
     async def _accept(
         self, entry: Entry, body: bytes, first: Callable[[Connection], object] | None
     ) -> None:
         # It enters the order only when it is durable: what was not journaled is never executed.
         def accepted(journaled: bool) -> None:
-            if journaled:
-                self._accepted(entry, body)
+            if not journaled:
+                return
+            failpoints.reach("submission.journaled")
+            self.order.add(entry)
+            if self.awaited is None or entry.seq <= self.awaited:
+                self.wake.set()
+            if self.ended is not None:  # meanwhile: what was pending then has failed
+                self.settle(entry.seq, Outcome(entry.kind, failure=self.ended))
+            elif self._bodies_size < _BODIES_IN_MEMORY:
+                self._bodies[entry.seq] = body
+                self._bodies_size += len(body)
 
         await self._journal(entry, accepted, body=body, first=first)
-
-    def _accepted(self, entry: Entry, body: bytes) -> None:
-        failpoints.reach("submission.journaled")
-        self.order.add(entry)
-        if self.awaited is None or entry.seq <= self.awaited:
-            self.wake.set()
-        if self.ended is not None:  # meanwhile: what was pending then has failed
-            self.settle(entry.seq, Outcome(entry.kind, failure=self.ended))
-            return
-        if self._bodies_size < _BODIES_IN_MEMORY:
-            self._bodies[entry.seq] = body
-            self._bodies_size += len(body)
 
     def _conflict(self, seq: int, kind: str) -> RunError:
         return RunError(
@@ -360,18 +315,20 @@ class Run:
                 mark_at=mark_at,
             )
 
-        def written(write: asyncio.Future[None]) -> None:
-            journaled = write.exception() is None
+        def written(error: Exception | None) -> None:
+            journaled = error is None
             if journaled and note:
                 self._request_noted = wall
             if not journaled and entry.seq < self.order.highest and entry.seq not in self.order:
                 self.order.wait_anew()  # it is missing because it was not taken: it comes again
-            ended(journaled)
+            try:
+                ended(journaled)
+            finally:
+                self._submitting.written()
 
-        write = self._writing = self.services.catalog.begin_write(work)
-        write.add_done_callback(written)
+        self._submitting.begin_write()
         try:
-            await asyncio.shield(write)
+            await self.services.catalog.begin_write(work, written)
         except CatalogUnavailable as error:
             raise Unavailable("journal_unavailable", str(error)) from error
 
@@ -546,7 +503,7 @@ class Run:
 
         Raises Unavailable when the journal does not take that now.
         """
-        async with self._turn():
+        async with self._submitting:
             now = time.monotonic()
             match self.order.next(now):
                 case Gap(missing, due) if missing == seq and due <= now:
@@ -559,7 +516,7 @@ class Run:
 
     async def forget_skipped(self, seqs: Iterable[int]) -> None:
         """The journal has removed these skipped numbers: their requests come no more."""
-        async with self._submitting:  # unless one does at this moment
+        async with self._submitting.lock:  # unless one does at this moment
             self.order.forget_skipped(seqs)
 
     # --- Life --------------------------------------------------------------------------------
@@ -628,7 +585,7 @@ class Run:
             if self._driver.cancelled():
                 return False
         self.end(reason)
-        async with self._submitting:  # what is being journaled is settled, too
+        async with self._submitting.lock:  # what is being journaled is settled, too
             pass
         await self.recorded()
         return True

@@ -16,12 +16,10 @@ from typing import Any, get_type_hints
 from fastapi import Request
 from fastapi.params import Depends
 from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdfast.protocol.bodies import Body
 
-# As JSONResponse does, which makes an encoder for each.
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 Endpoint = Callable[..., Awaitable[Response | dict[str, Any]]]
@@ -53,21 +51,20 @@ class Direct:
         if call is None or not self._is_usual(scope, call):
             await self._app(scope, receive, send)
             return
-        request = Request(scope, receive)
+        data = await _received(receive)
+        if data is None:
+            return
+        request = _Received(scope, receive, data)
         try:
             body = None
             if call.body is not None:
-                data = await request.body()
                 try:
                     body = call.body.model_validate(json.loads(data))
                 except (ValueError, RecursionError):
                     await self._app(scope, _again(data), send)
                     return
-            answer = await call(request, body)
-            if isinstance(answer, dict):
-                answer = Response(_JSON(answer), media_type="application/json")
-        except ClientDisconnect:
-            return
+            found = await call(request, body)
+            answer: ASGIApp = _InJson(found) if isinstance(found, dict) else found
         except Exception as error:
             answer = await self._handler(error)(request, error)
         await answer(scope, receive, send)
@@ -115,6 +112,44 @@ class _Call:
         if body is not None:
             arguments[self._body] = body
         return await self._endpoint(**arguments)
+
+
+class _Received(Request):
+    """A request whose body is there."""
+
+    def __init__(self, scope: Scope, receive: Receive, data: bytes) -> None:
+        super().__init__(scope, receive)
+        self._data = data
+
+    async def body(self) -> bytes:
+        return self._data
+
+
+async def _received(receive: Receive) -> bytes | None:
+    """A body, None when its client goes away before all of it has come."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _InJson:
+    """An answer as JSONResponse gives it, which makes a header object and an encoder for each."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._body = _JSON(content).encode()
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [
+            (b"content-length", str(len(self._body)).encode()),
+            (b"content-type", b"application/json"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": self._body})
 
 
 def _again(data: bytes) -> Receive:
