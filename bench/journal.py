@@ -1,11 +1,13 @@
 """What the journal costs: a submission's latency, and training's throughput.
 
 1. From a submission to its answer, durable by then, with eight clients at once, beside an fsync:
-   as fast as they can, and each at a pace. Nothing is computed meanwhile.
+   as fast as they can, and each at a pace. Nothing is computed meanwhile. The same bodies to
+   `bench.bare_server` show what HTTP and SQLite take of that on this machine.
 2. Steps of the medium model on a server whose data directory is on the disk, each beside one on a
-   server whose data directory, journal and snapshots and all, is in memory.
+   server whose data directory, journal and snapshots and all, is in memory. Two processes of the
+   same program differ by some percent in their speed: several pairs of servers are started.
 
-    python -m bench.journal [--requests 200] [--pairs 20] [--threads 2]
+    python -m bench.journal [--requests 200] [--starts 4] [--pairs 10] [--threads 2]
 """
 
 from __future__ import annotations
@@ -16,10 +18,16 @@ import json
 import os
 import re
 import selectors
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 import holdfast
 from bench.engine import MODELS, RANK, make_batch
-from holdfast.cli.server_process import ServerProcess
+from holdfast.cli.server_process import ServerProcess, free_port
 from holdfast.protocol.batches import BatchRequest
 from holdfast.protocol.data import Datum, EncodedText
 from holdfast.protocol.tensors import Tensor
@@ -47,33 +55,68 @@ THROUGHPUT_GOAL = 0.98
 
 
 def measure_latency(requests: int) -> None:
-    """Print the percentiles at each pace, and the fsync they are compared with."""
+    """Print the percentiles at each pace, and the fsync and the server they are compared with."""
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         ServerProcess(Path(folder) / "data", "--threads", "1", "--device", "cpu") as server,
+        _bare_server(Path(folder) / "bare.db") as bare,
     ):
         fsyncs = _fsync_seconds(Path(folder) / "before")
         runs = []
         for pace in PACES:
             # The first number is missing, and the others wait.
             clients = [_Client(server.url, requests) for _ in range(CLIENTS)]
-            began = time.perf_counter()
-            _submit_all(clients, pace)
-            seconds = time.perf_counter() - began
-            runs.append((seconds, sorted(t for client in clients for t in client.times)))
+            runs.append((_submit_all(clients, pace), _submit_all(clients, pace, at=bare)))
         fsync = statistics.median(fsyncs + _fsync_seconds(Path(folder) / "after"))
     print(f"{CLIENTS} clients, submissions of {clients[0].size / 1024:.0f} KiB")
     goal = 2 * fsync + LATENCY_GOAL
     print(f"fsync of 4 KiB {1e3 * fsync:.2f} ms, goal of p50 {1e3 * goal:.2f} ms")
-    for pace, (seconds, times) in zip(PACES, runs, strict=True):
-        p50, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
-        tail = TAIL_GOAL * p50
+    for pace, (ours, least) in zip(PACES, runs, strict=True):
+        tail = TAIL_GOAL * ours.p50
         print(
             f"  {f'every {1e3 * pace:.0f} ms' if pace else 'as fast as they can':20}"
-            f"{len(times) / seconds:6.0f}/s"
-            f"  p50 {1e3 * p50:6.2f} ms {_verdict(p50 <= goal):10}"
-            f"  p99 {1e3 * p99:6.2f} ms, goal {1e3 * tail:.2f} {_verdict(p99 <= tail)}"
+            f"{ours.a_second:6.0f}/s"
+            f"  p50 {1e3 * ours.p50:6.2f} ms {_verdict(ours.p50 <= goal):10}"
+            f"  p99 {1e3 * ours.p99:6.2f} ms, goal {1e3 * tail:.2f} {_verdict(ours.p99 <= tail):10}"
+            f"  bare server {least.a_second:.0f}/s, p50 {1e3 * least.p50:.2f} ms"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """Submissions and their answers."""
+
+    seconds: float
+    times: list[float]
+    """Seconds of each, ascending."""
+
+    @property
+    def a_second(self) -> float:
+        return len(self.times) / self.seconds
+
+    @property
+    def p50(self) -> float:
+        return self.times[len(self.times) // 2]
+
+    @property
+    def p99(self) -> float:
+        return self.times[int(len(self.times) * 0.99)]
+
+
+@contextmanager
+def _bare_server(file: Path) -> Iterator[str]:
+    """The address of a running `bench.bare_server`."""
+    port = free_port()
+    command = [sys.executable, "-m", "bench.bare_server", str(port), str(file)]
+    with subprocess.Popen(command) as process:
+        try:
+            while True:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.02)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
 
 
 class _Client:
@@ -99,10 +142,20 @@ class _Client:
             for seq in range(2, 2 + requests)
         ]
         self.size = len(bodies[0])
-        self.socket = http_.sock
-        self.times: list[float] = []
-        self._requests = [_request(body) for body in bodies]
         self.began = 0.0
+        self._requests = [_request(body) for body in bodies]
+        self._begin(http_)
+
+    def turn_to(self, url: str) -> None:
+        """Send the same to another server, from the beginning."""
+        self.socket.close()
+        self._begin(http.client.HTTPConnection(url.removeprefix("http://")))
+
+    def _begin(self, connection: http.client.HTTPConnection) -> None:
+        if connection.sock is None:
+            connection.connect()
+        self.socket = connection.sock
+        self.times: list[float] = []
         self._received = b""
 
     @property
@@ -127,8 +180,14 @@ class _Client:
         return True
 
 
-def _submit_all(clients: list[_Client], pace: float) -> None:
-    """Each client's next submission comes after its last answer, and `pace` after its last one."""
+def _submit_all(clients: list[_Client], pace: float, *, at: str | None = None) -> _Series:
+    """Each client's next submission comes after its last answer, and `pace` after its last one.
+
+    `at` another server than the one that the clients were made for.
+    """
+    if at is not None:
+        for client in clients:
+            client.turn_to(at)
     began = time.perf_counter()
     due = {client: began + number * pace / CLIENTS for number, client in enumerate(clients)}
     with selectors.DefaultSelector() as selector:
@@ -149,6 +208,8 @@ def _submit_all(clients: list[_Client], pace: float) -> None:
                     due[client] = max(now, client.began + pace)
                 else:
                     selector.unregister(client.socket)
+    seconds = time.perf_counter() - began
+    return _Series(seconds, sorted(t for client in clients for t in client.times))
 
 
 def _post(to: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> Any:
@@ -168,37 +229,53 @@ def _request(body: bytes) -> bytes:
     return head.encode() + body
 
 
-def measure_throughput(pairs: int, threads: int) -> None:
-    """Print the medians of both servers' steps, and their ratio."""
+def measure_throughput(starts: int, pairs: int, threads: int) -> None:
+    """Print the medians of both servers' steps, and the ratio of each pair of servers."""
     if not MEMORY.is_dir():
         print(f"no {MEMORY} here: the journal in memory is not measured")
         return
+    print(
+        f"{MODEL} model, {threads} threads, {pairs} pairs of steps on each pair of servers, medians"
+    )
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "model"
+        AutoModelForCausalLM.from_config(MODELS[MODEL]).save_pretrained(directory)
+        for number in range(starts):
+            disk, memory = _steps(directory, pairs, threads, memory_first=number % 2 == 1)
+            ratios.append(statistics.median(m / d for m, d in zip(memory, disk, strict=True)))
+            print(
+                f"  on the disk {1e3 * statistics.median(disk):8.1f} ms"
+                f"  in memory {1e3 * statistics.median(memory):8.1f} ms"
+                f"  throughput {ratios[-1]:.3f}",
+                flush=True,
+            )
+    ratio = statistics.median(ratios)
+    print(f"  throughput {ratio:.3f}  goal {THROUGHPUT_GOAL} {_verdict(ratio >= THROUGHPUT_GOAL)}")
+
+
+def _steps(
+    model: Path, pairs: int, threads: int, *, memory_first: bool
+) -> tuple[list[float], list[float]]:
+    """Seconds of steps on a new server on the disk, each beside one of a new one in memory."""
+    options = ["--model", f"{MODEL}={model}", "--threads", str(threads), "--device", "cpu"]
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryDirectory(dir=MEMORY, ignore_cleanup_errors=True) as memory,
+        ExitStack() as running,
     ):
-        directory = Path(folder) / "model"
-        AutoModelForCausalLM.from_config(MODELS[MODEL]).save_pretrained(directory)
-        options = ["--model", f"{MODEL}={directory}", "--threads", str(threads), "--device", "cpu"]
-        with (
-            ServerProcess(Path(folder) / "data", *options) as on_disk,
-            ServerProcess(Path(memory) / "data", *options) as in_memory,
-        ):
-            loops = [_Loop(on_disk.url), _Loop(in_memory.url)]
-            for number in range(WARM_UP + pairs):
-                for loop in loops if number % 2 else reversed(loops):
-                    loop.step()
-            for loop in loops:
-                loop.close()
-    disk, memory_ = (loop.times[WARM_UP:] for loop in loops)
-    ratios = [m / d for m, d in zip(memory_, disk, strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
-    print(f"{MODEL} model, {threads} threads, {pairs} pairs of steps, medians")
-    print(f"  journal on the disk  {1e3 * statistics.median(disk):8.1f} ms")
-    print(f"  journal in memory    {1e3 * statistics.median(memory_):8.1f} ms")
-    good = _verdict(ratio >= THROUGHPUT_GOAL)
-    between = f"(quartiles {low:.3f} to {high:.3f})"
-    print(f"  throughput           {ratio:8.3f}     {between}  goal {THROUGHPUT_GOAL} {good}")
+        places = [memory, folder] if memory_first else [folder, memory]
+        loops = []
+        for place in places:
+            server = running.enter_context(ServerProcess(Path(place) / "data", *options))
+            loops.append(_Loop(server.url))
+        for number in range(WARM_UP + pairs):
+            for loop in loops if number % 2 else reversed(loops):
+                loop.step()
+        for loop in loops:
+            loop.close()
+    first, second = (loop.times[WARM_UP:] for loop in loops)
+    return (second, first) if memory_first else (first, second)
 
 
 class _Loop:
@@ -247,10 +324,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=200, help="of each client")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=4, help="of a pair of servers")
+    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.requests < 1 or arguments.pairs < 2:
-        parser.error("--requests must be at least 1, and --pairs at least 2")
+    if min(arguments.requests, arguments.starts, arguments.pairs) < 1:
+        parser.error("--requests, --starts and --pairs must be at least 1")
     measure_latency(arguments.requests)
-    measure_throughput(arguments.pairs, arguments.threads)
+    measure_throughput(arguments.starts, arguments.pairs, arguments.threads)
