@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ from holdfast.catalog import (
     CatalogInUse,
     CatalogUnavailable,
     database,
+    migrations,
     postgresql,
     tables,
 )
@@ -105,6 +107,84 @@ def test_several_make_the_tables_at_once(postgres: Postgres) -> None:
     code = f"from holdfast.catalog import Catalog; Catalog.open({address!r}).close()"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("version", ["0006", "0009"])
+def test_what_is_in_older_tables_is_kept(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """And numbers above 32 bits fit then."""
+    address = postgres.database()
+    backend = postgresql.PostgreSQL.at(address)
+    with monkeypatch.context() as changes:
+        changes.setattr(migrations, "HEAD", version)
+        migrations.upgrade(backend)
+    with backend.engine.begin() as connection:
+        for table, row in OLDER_ROWS.items():
+            texts = sa.text(f"INSERT INTO {table} ({', '.join(row)}) VALUES (:{', :'.join(row)})")
+            connection.execute(texts, row)
+    backend.engine.dispose()
+    catalog = Catalog.open(address)
+    for table, row in OLDER_ROWS.items():
+        columns = tables.metadata.tables[table].c
+        wanted = sa.select(*(columns[name] for name in row))
+        ((*found,),) = catalog.read_now(partial(rows_of, wanted))
+        assert dict(zip(row, found, strict=True)) == row
+    for new in (tables.checkpoints.c.seq, tables.samplers.c.released):
+        assert catalog.read_now(partial(rows_of, sa.select(new))) == [(None,)]
+    large = tables.operations.update().values(seq=1 << 40)
+    asyncio.run(catalog.write(lambda c: c.execute(large)))
+    catalog.close()
+
+
+def rows_of(wanted: sa.Select[Any], connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+    return connection.execute(wanted).all()
+
+
+OLDER_ROWS: dict[str, dict[str, object]] = {
+    "runs": {
+        "id": "R",
+        "generation": 0,
+        "session_id": "S",
+        "owner": "o",
+        "created": 1.0,
+        "last_request": 2.0,
+        "state": "live",
+        "body_hash": "h",
+        "corrupted": False,
+    },
+    "operations": {
+        "run_id": "R",
+        "generation": 0,
+        "seq": 1,
+        "kind": "forward",
+        "state": "accepted",
+        "body_hash": "b",
+        "attempts": 1,
+        "accepted": 1.5,
+    },
+    "contents": {
+        "run_id": "R",
+        "generation": 0,
+        "seq": 1,
+        "part": "body",
+        "size": 3,
+        "data": b"\0\1\2",
+    },
+    "samplers": {"id": "P", "session_id": "S", "owner": "o", "base_model": "m", "created": 1.0},
+    "checkpoints": {
+        "run_id": "R",
+        "kind": "weights",
+        "name": "n",
+        "manifest": "M",
+        "owner": "o",
+        "created": 1.0,
+        "public": False,
+        "size": 7,
+        "step": 2,
+    },
+}
+"""A row of each of these tables, in columns that every version has."""
 
 
 @pytest.mark.anyio
