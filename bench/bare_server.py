@@ -1,7 +1,8 @@
 """The least that a server of this kind can do: bodies over HTTP into two rows of SQLite, durably.
 
-The same HTTP server, event loop and database as Holdfast's, with the same settings and one thread
-that commits what has come together. No body is looked at. What `bench.journal` compares with.
+The same HTTP server, event loop and database as Holdfast's, with one thread that commits what has
+come together. No body is looked at, and the write-ahead log only grows. What `bench.journal`
+compares with.
 
     python -m bench.bare_server PORT FILE
 """
@@ -77,4 +78,11 @@ def _tell(batch: list[_Item]) -> None:
 
 
 if __name__ == "__main__":
-    uvicorn.run(BareServer(sys.argv[2]), port=int(sys.argv[1]), log_level="error", lifespan="off")
+    uvicorn.run(
+        BareServer(sys.argv[2]),
+        port=int(sys.argv[1]),
+        access_log=False,
+        lifespan="off",
+        log_config=None,
+        proxy_headers=False,
+    )

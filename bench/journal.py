@@ -63,10 +63,16 @@ def measure_latency(requests: int) -> None:
     ):
         fsyncs = _fsync_seconds(Path(folder) / "before")
         runs = []
-        for pace in PACES:
+        for number, pace in enumerate(PACES):
             # The first number is missing, and the others wait.
             clients = [_Client(server.url, requests) for _ in range(CLIENTS)]
-            runs.append((_submit_all(clients, pace), _submit_all(clients, pace, at=bare)))
+            if number % 2:
+                least = _submit_all(clients, pace, at=bare)
+                ours = _submit_all(clients, pace, at=server.url)
+            else:
+                ours = _submit_all(clients, pace, at=server.url)
+                least = _submit_all(clients, pace, at=bare)
+            runs.append((ours, least))
         fsync = statistics.median(fsyncs + _fsync_seconds(Path(folder) / "after"))
     print(f"{CLIENTS} clients, submissions of {clients[0].size / 1024:.0f} KiB")
     goal = 2 * fsync + LATENCY_GOAL
@@ -113,6 +119,7 @@ def _bare_server(file: Path) -> Iterator[str]:
             while True:
                 with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                     break
+                assert process.poll() is None, "the bare server does not start"
                 time.sleep(0.02)
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -144,18 +151,16 @@ class _Client:
         self.size = len(bodies[0])
         self.began = 0.0
         self._requests = [_request(body) for body in bodies]
-        self._begin(http_)
+        self.socket = http_.sock
+        self.times: list[float] = []
+        self._received = b""
 
     def turn_to(self, url: str) -> None:
-        """Send the same to another server, from the beginning."""
+        """Send to this server from now on, from the first one on."""
         self.socket.close()
-        self._begin(http.client.HTTPConnection(url.removeprefix("http://")))
-
-    def _begin(self, connection: http.client.HTTPConnection) -> None:
-        if connection.sock is None:
-            connection.connect()
-        self.socket = connection.sock
-        self.times: list[float] = []
+        self.socket = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.times = []
         self._received = b""
 
     @property
@@ -180,14 +185,10 @@ class _Client:
         return True
 
 
-def _submit_all(clients: list[_Client], pace: float, *, at: str | None = None) -> _Series:
-    """Each client's next submission comes after its last answer, and `pace` after its last one.
-
-    `at` another server than the one that the clients were made for.
-    """
-    if at is not None:
-        for client in clients:
-            client.turn_to(at)
+def _submit_all(clients: list[_Client], pace: float, *, at: str) -> _Series:
+    """Each client's next submission comes after its last answer, and `pace` after its last one."""
+    for client in clients:
+        client.turn_to(at)
     began = time.perf_counter()
     due = {client: began + number * pace / CLIENTS for number, client in enumerate(clients)}
     with selectors.DefaultSelector() as selector:

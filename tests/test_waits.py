@@ -67,6 +67,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "server.direct:__call__:send({'type': 'http.response.body', 'body': self._…",
         "server.direct:__call__:send({'type': 'http.response.start', 'status': 200…",
         "server.direct:_received:receive()",
+        "server.direct:__call__:request.body()",
         "server.routes.service:telemetry:request.stream()",
         "server.routes.training:_submit_batch:request.body()",
     ),
@@ -125,6 +126,7 @@ UNLIMITED: dict[str, tuple[str, ...]] = {
         "runs.run:patiently:pauses(0.05)",
         "runs.run:recorded:asyncio.wait(list(self._recording.values()))",
     ),
+    "the catalog's writer: WRITE_WAITS, WRITE_TAKES": ("runs.run:_journal:write",),
     "nothing: housekeeping, for which nobody waits": (
         "runs.checkpoints:_reconcile:self._changing(key)",
         "runs.checkpoints:discard_orphans:self._discarding",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 import sqlite3
 import subprocess
@@ -28,6 +29,7 @@ from holdfast.catalog import (
     CatalogUnavailable,
     NewerCatalog,
     database,
+    deadline,
     epoch,
     migrations,
     tables,
@@ -104,6 +106,34 @@ async def test_what_is_told_of_a_write_is_told_before_whoever_waits_goes_on(
     await catalog.begin_write(count, lambda _: told.append("the end"))
     told.append("who waited")
     assert told == ["the end", "who waited"]
+
+
+@pytest.mark.anyio
+async def test_the_end_of_a_write_that_is_given_up_is_told_too(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is given up that is being made."""
+    monkeypatch.setattr(database, "WRITE_WAITS", 0.5)
+    held, told = threading.Event(), list[Exception | None]()
+    first = catalog.begin_write(lambda _: held.wait(30))
+    await asyncio.sleep(0.1)
+    late = [catalog.begin_write(partial(execute, add_key(key)), told.append) for key in "ab"]
+    late[0].cancel()  # by its caller, who is gone
+    with pytest.raises(CatalogUnavailable, match="has not come to this write"):
+        await late[1]
+    assert [type(error) for error in told] == [CatalogUnavailable] * 2
+    assert not first.done()
+    held.set()
+    assert await first
+    assert await catalog.read(count) == 0
+    await catalog.write(partial(execute, add_key("c")))
+
+
+@pytest.mark.anyio
+async def test_who_is_told_of_a_write_has_not_its_limit(catalog: Catalog) -> None:
+    limits: list[float] = []
+    await catalog.begin_write(count, lambda _: limits.append(deadline._until.get()))
+    assert limits == [math.inf]
 
 
 @pytest.mark.anyio

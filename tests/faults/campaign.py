@@ -69,7 +69,9 @@ class Campaign:
         self._clients = clients
         self._disk = disk
         self._network = network
-        self.server = FaultyServer(directory / "server", model, limits, postgres, args, quick)
+        self.server = FaultyServer(
+            directory / "server", model, limits=limits, postgres=postgres, args=args, quick=quick
+        )
 
     @property
     def has_disk(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the disturbed scripts have in common: the model, quick starts, what is to be seen."""
+"""What the disturbed scripts have in common: the model, what is to be seen."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ class FaultyServer(ServerProcess):
         self,
         directory: Path,
         model: Path,
+        *,
         limits: Mapping[str, float] | None = None,
         postgres: Postgres | None = None,
         args: Sequence[str] = (),

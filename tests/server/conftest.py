@@ -59,8 +59,8 @@ def server(
 
 @pytest.fixture
 def own_server(models: dict[str, Path], tmp_path: Path) -> Iterator[ServerProcess]:
-    """A server of the test's own, to kill."""
-    with ServerProcess(tmp_path / "server", models=models) as running:
+    """A server of the test's own, to kill. Each of its lives starts as a user's do."""
+    with ServerProcess(tmp_path / "server", models=models, quick=False) as running:
         yield running
 
 

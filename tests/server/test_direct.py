@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from fastapi import Depends, FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from holdfast.protocol.bodies import Body, Counter, Id
 from holdfast.protocol.errors import AuthenticationError, InvalidMessageError
@@ -142,6 +142,72 @@ async def test_a_body_of_unknown_size_goes_the_long_way() -> None:
 
     direct = Direct(nowhere, ENDPOINTS, {}, limit=LIMIT)
     assert (await answer(direct, post("/ask", JSON, content=chunks()))).status_code == 418
+
+
+@pytest.mark.anyio
+async def test_nothing_is_received_of_a_body_that_is_refused_unseen() -> None:
+    async def receive() -> Message:
+        raise AssertionError("its key is not known")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    direct = Direct(nowhere, ENDPOINTS, long_way().exception_handlers, limit=LIMIT)
+    headers = [(b"content-length", b"9")]
+    scope = {"type": "http", "method": "POST", "path": "/raw", "headers": headers}
+    await direct(scope, receive, send)
+    assert sent[0]["status"] == 401
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ENDPOINTS)
+async def test_nobody_is_answered_who_goes_away(path: str) -> None:
+    messages: list[Message] = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    direct = Direct(nowhere, ENDPOINTS, long_way().exception_handlers, limit=LIMIT)
+    headers = [
+        (b"content-length", b"9"),
+        (b"content-type", b"application/json"),
+        (b"x-api-key", b"me"),
+    ]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    await direct(scope, receive, send)
+    assert messages == []
+
+
+@pytest.mark.anyio
+async def test_a_body_in_pieces_is_put_together() -> None:
+    pieces = [b'{"text": ', b'"a", ', b'"number": 3}']
+
+    async def receive() -> Message:
+        body = pieces.pop(0)
+        return {"type": "http.request", "body": body, "more_body": bool(pieces)}
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    direct = Direct(nowhere, ENDPOINTS, long_way().exception_handlers, limit=LIMIT)
+    headers = [
+        (b"content-length", b"26"),
+        (b"content-type", b"application/json"),
+        (b"x-api-key", b"me"),
+    ]
+    scope = {"type": "http", "method": "POST", "path": "/ask", "headers": headers}
+    await direct(scope, receive, send)
+    assert sent[1]["body"] == b'{"text":"a","number":3,"name":"me"}'
 
 
 @pytest.mark.anyio

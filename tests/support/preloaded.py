@@ -22,7 +22,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,7 +46,9 @@ def directory() -> Path:
     The same one as long as this process lives.
     """
     with _making:
-        return _directory()
+        made, processes = _preloaded()
+        assert all(process.poll() is None for process in processes), "nothing is preloaded any more"
+        return made
 
 
 def quick_starts() -> dict[str, str]:
@@ -61,9 +62,10 @@ def python_path() -> str:
 
 
 @cache
-def _directory() -> Path:
+def _preloaded() -> tuple[Path, list[subprocess.Popen[bytes]]]:
     made = Path(tempfile.mkdtemp(prefix="preloaded-"))  # a socket's address is short
     atexit.register(shutil.rmtree, made, ignore_errors=True)
+    processes = []
     for name in sorted(set(PRELOADED.values())):
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.preloaded", str(made), name],
@@ -72,7 +74,8 @@ def _directory() -> Path:
         )
         atexit.register(process.wait)
         atexit.register(process.kill)  # and with it what it has forked
-    return made
+        processes.append(process)
+    return made, processes
 
 
 def _environment() -> dict[str, str]:
@@ -138,6 +141,7 @@ class _Preloaded:
             elif key.fileobj is self._ended:
                 self._reap()
             elif key.fileobj is sys.stdin:  # whoever started this is gone
+                shutil.rmtree(self._address.parent, ignore_errors=True)
                 os._exit(0)
             else:  # whoever stood in was killed
                 self._selector.unregister(key.fileobj)
@@ -201,22 +205,9 @@ def _become(order: Mapping[str, Any], files: list[int]) -> NoReturn:
     os.chdir(order["directory"])
     resource.setrlimit(LIMIT, tuple(order["limit"]))
     sys.argv[1:] = order["arguments"]
-    try:
-        change_limits()
-        runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        _end(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
-    except BaseException:
-        traceback.print_exc()
-        _end(1)
-    _end(0)
-
-
-def _end(status: int) -> NoReturn:
-    for file in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            file.flush()
-    os._exit(status)
+    change_limits()
+    runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+    sys.exit()
 
 
 def _load_for_a_worker() -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.preloaded import working_pid
+from tests.support.preloaded import directory, working_pid
 from tests.support.server import ServerProcess
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> ServerProcess:
+    directory()  # or else it would be made with what is changed by a test
     return ServerProcess(tmp_path)
 
 

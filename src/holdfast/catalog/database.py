@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import queue
@@ -41,7 +42,7 @@ READ_TAKES = 60.0
 WRITE_TAKES = 30.0
 """Seconds after which a transaction is given up, with the connection that has not answered."""
 WRITE_WAITS = 30.0
-"""Seconds for which a write waits for those before it."""
+"""Seconds for which a write waits, about, for those before it."""
 LEASE_WAITS = 5.0
 """Seconds for which a lease is waited for: that of a server that was killed just now ends soon."""
 IN_DOUBT = 60.0
@@ -276,18 +277,18 @@ class Catalog:
             return [self._waiting.popleft() for _ in range(size)]
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._watching.add(loop)
+        self._watching = {other for other in self._watching if not other.is_closed()} | {loop}
         loop.call_later(WRITE_WAITS / _LOOKS, self._give_up_late_ones, loop)
 
     def _give_up_late_ones(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have writes whose turn has not come in time not be made at all."""
+        self._watching.discard(loop)
         before = loop.time() - WRITE_WAITS
         with self._taking:
-            mine = [item for item in self._waiting if item.loop is loop]
+            mine = [item for item in self._waiting.copy() if item.loop is loop]
             late = [item for item in mine if item.since <= before]
             for item in late:
                 self._waiting.remove(item)
-        self._watching.discard(loop)
         if len(late) < len(mine):
             self._watch(loop)
         for item in late:
@@ -489,7 +490,8 @@ def _tell(batch: list[_Work[Any]]) -> None:
         loops.setdefault(item.loop, []).append(item)
     for loop, items in loops.items():
         try:
-            loop.call_soon_threadsafe(_resolve, items)
+            # Not with what limits the writer: that is over by then.
+            loop.call_soon_threadsafe(_resolve, items, context=contextvars.Context())
         except RuntimeError:  # that loop is closed, and nobody waits
             pass
 

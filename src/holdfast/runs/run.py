@@ -317,18 +317,19 @@ class Run:
 
         def written(error: Exception | None) -> None:
             journaled = error is None
-            if journaled and note:
-                self._request_noted = wall
-            if not journaled and entry.seq < self.order.highest and entry.seq not in self.order:
-                self.order.wait_anew()  # it is missing because it was not taken: it comes again
             try:
+                if journaled and note:
+                    self._request_noted = wall
+                if not journaled and entry.seq < self.order.highest and entry.seq not in self.order:
+                    self.order.wait_anew()  # it is missing because it was not taken: it comes again
                 ended(journaled)
             finally:
                 self._submitting.written()
 
-        self._submitting.begin_write()
+        write = self.services.catalog.begin_write(work, written)
+        self._submitting.writing()
         try:
-            await self.services.catalog.begin_write(work, written)
+            await write
         except CatalogUnavailable as error:
             raise Unavailable("journal_unavailable", str(error)) from error
 

@@ -24,7 +24,7 @@ class Submitting:
         """Those that have the lock, or wait for it."""
         self._is_writing = False
         self._is_left = False
-        """By whom it was held, while it is written still."""
+        """Its holder is gone while it is written still."""
 
     async def __aenter__(self) -> None:
         self._submissions += 1
@@ -50,8 +50,8 @@ class Submitting:
         else:
             self._end()
 
-    def begin_write(self) -> None:
-        """The write of the submission whose turn it is begins."""
+    def writing(self) -> None:
+        """The write of the submission whose turn it is has begun."""
         self._is_writing = True
 
     def written(self) -> None:

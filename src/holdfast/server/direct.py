@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from fastapi import Request
 from fastapi.params import Depends
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdfast.protocol.bodies import Body
@@ -51,13 +52,11 @@ class Direct:
         if call is None or not self._is_usual(scope, call):
             await self._app(scope, receive, send)
             return
-        data = await _received(receive)
-        if data is None:
-            return
-        request = _Received(scope, receive, data)
+        request = _Request(scope, receive)
         try:
             body = None
             if call.body is not None:
+                data = await request.body()
                 try:
                     body = call.body.model_validate(json.loads(data))
                 except (ValueError, RecursionError):
@@ -65,6 +64,8 @@ class Direct:
                     return
             found = await call(request, body)
             answer: ASGIApp = _InJson(found) if isinstance(found, dict) else found
+        except ClientDisconnect:
+            return
         except Exception as error:
             answer = await self._handler(error)(request, error)
         await answer(scope, receive, send)
@@ -114,24 +115,22 @@ class _Call:
         return await self._endpoint(**arguments)
 
 
-class _Received(Request):
-    """A request whose body is there."""
-
-    def __init__(self, scope: Scope, receive: Receive, data: bytes) -> None:
-        super().__init__(scope, receive)
-        self._data = data
+class _Request(Request):
+    """A request whose body mostly comes in one piece."""
 
     async def body(self) -> bytes:
-        return self._data
+        if not hasattr(self, "_body"):
+            self._body = await _received(self.receive)
+        return self._body
 
 
-async def _received(receive: Receive) -> bytes | None:
-    """A body, None when its client goes away before all of it has come."""
+async def _received(receive: Receive) -> bytes:
+    """A body. Raises ClientDisconnect when its client goes away before all of it has come."""
     parts = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return None
+            raise ClientDisconnect
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
