@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,10 +51,18 @@ def rest(service: tinker.ServiceClient) -> Any:
 
 @pytest.fixture(scope="module")
 def run(server: ServerProcess) -> Iterator[RawRun]:
+    """A run with a checkpoint `source`."""
     with RawRun.open(server) as run:
         run.forward_backward(1)
         run.optim_step(2)
+        run.save(3, "source")
         yield run
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Iterator[int]:
+    """Those of that run's operations, whichever tests run and in whatever order."""
+    return itertools.count(4)
 
 
 def inodes(server: ServerProcess, path: str) -> list[int]:
@@ -92,7 +101,6 @@ def test_a_copy_shares_every_byte_and_resumes_exactly(
 def test_the_run_of_a_copy_is_listed_and_cannot_be_trained(
     run: RawRun, server: ServerProcess
 ) -> None:
-    run.save(3, "source")
     copy = run.ok("copy_weights", {"source_path": f"tinker://{run.model_id}/weights/source"})
     run_id = key_of(copy["tinker_path"]).run
     found = run.http.get(f"training_runs/{run_id}").json()
@@ -154,10 +162,9 @@ def test_a_copy_that_cannot_be_made_says_why(
     assert message in run.refused("copy_weights", body).json()["message"]
 
 
-def test_a_copy_keeps_its_kind(run: RawRun) -> None:
-    saved = run.submitted(
-        "save_weights_for_sampler", {"model_id": run.model_id, "seq_id": 4, "path": "s"}
-    )
+def test_a_copy_keeps_its_kind(run: RawRun, numbers: Iterator[int]) -> None:
+    body = {"model_id": run.model_id, "seq_id": next(numbers), "path": "s"}
+    saved = run.submitted("save_weights_for_sampler", body)
     path = run.result(saved)["path"]
     copy = run.ok("copy_weights", {"source_path": path})["tinker_path"]
     assert key_of(copy).kind == "sampler_weights"
@@ -259,16 +266,16 @@ def test_the_official_download_command_works(
     assert weights.read_bytes() == server.store().read_blob(stored, what="weights")
 
 
-def test_encryption_is_refused_and_not_forgotten(run: RawRun) -> None:
+def test_encryption_is_refused_and_not_forgotten(run: RawRun, numbers: Iterator[int]) -> None:
     body = {
         "model_id": run.model_id,
-        "seq_id": 5,
+        "seq_id": next(numbers),
         "path": "secret",
         "age_encryption_recipients": ["age1qqqq"],
     }
     refusal = run.refused("save_weights_external", body)
     assert "does not encrypt" in refusal.json()["message"]
-    run.save(6, "after")  # the number is settled
+    run.save(next(numbers), "after")  # the number is settled
 
 
 def test_other_kinds_have_no_address_per_file(run: RawRun) -> None:
@@ -313,9 +320,9 @@ def test_own_bytes_are_those_that_deleting_gives_back(server: ServerProcess) -> 
         assert session["checkpoint_storage_bytes"] == size
 
 
-def test_many_are_deleted_at_once(run: RawRun) -> None:
-    run.save(7, "x1")
-    run.save(8, "x2")
+def test_many_are_deleted_at_once(run: RawRun, numbers: Iterator[int]) -> None:
+    for name in ("x1", "x2"):
+        run.save(next(numbers), name)
     paths = [f"tinker://{run.model_id}/weights/{name}" for name in ("x1", "x2", "x3")]
     answer = run.ok("checkpoints/delete", {"tinker_paths": [*paths, "no path"]})
     assert answer["deleted"] == paths[:2]

@@ -36,6 +36,8 @@ from tests.support.stand_in import LIMIT, PRELOADED
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).with_name("site")
 """To be found by the processes of a server under test before what is installed."""
+IS_POSSIBLE = sys.platform == "linux"
+"""Elsewhere everything starts as a user's does."""
 _PR_SET_PDEATHSIG = 1
 _making = Lock()
 
@@ -52,7 +54,9 @@ def directory() -> Path:
 
 
 def quick_starts() -> dict[str, str]:
-    """The environment of those whose servers and workers are forked."""
+    """The environment of those whose servers and workers are forked, where that is possible."""
+    if not IS_POSSIBLE:
+        return {"PYTHONPATH": python_path()}
     return {"PYTHONPATH": python_path(), "TESTS_PRELOADED": str(directory())}
 
 

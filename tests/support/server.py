@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from holdfast.cli import server_process
 from holdfast.server.data_dir import existing_store
 from holdfast.store import Manifest, NameKey, Store
-from tests.support.preloaded import python_path, quick_starts, working_pid
+from tests.support.preloaded import IS_POSSIBLE, python_path, quick_starts, working_pid
 
 
 class _StoodIn(subprocess.Popen[bytes]):
@@ -76,7 +76,7 @@ class ServerProcess(server_process.ServerProcess):
         self.settings = settings
         self._threads = threads
         self._environment = dict(environment or {})
-        self._quick = quick
+        self._quick = quick and IS_POSSIBLE
 
     @property
     def pid(self) -> int:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.preloaded import directory, working_pid
+from tests.support.preloaded import IS_POSSIBLE, directory, working_pid
 from tests.support.server import ServerProcess
+
+pytestmark = pytest.mark.skipif(not IS_POSSIBLE, reason="nothing is forked on this system")
 
 
 @pytest.fixture

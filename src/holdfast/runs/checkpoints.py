@@ -17,7 +17,7 @@ from holdfast import failpoints
 from holdfast.catalog import Catalog, CatalogUnavailable
 from holdfast.catalog.tables import checkpoints, runs
 from holdfast.runs import index, stored
-from holdfast.runs.errors import Category, Reason, RunError, not_found, stopping
+from holdfast.runs.errors import Category, Reason, RunError, Unavailable, not_found, stopping
 from holdfast.runs.index import Checkpoint, Differences
 from holdfast.store import (
     Corrupt,
@@ -28,8 +28,8 @@ from holdfast.store import (
     Store,
     StoreError,
     SweepReport,
-    Unavailable,
 )
+from holdfast.store import Unavailable as StoreUnavailable
 from holdfast.threads import Closed, Threads
 
 T = TypeVar("T")
@@ -82,12 +82,10 @@ def _limited(
             async with asyncio.timeout(STORE_TAKES):
                 return await asyncio.shield(working)
         except TimeoutError:
-            raise RunError(
+            raise Unavailable(
                 "store_unavailable",
                 f"the checkpoint store has not answered for {STORE_TAKES:.0f} s; what it was asked "
                 "for may still be done: look whether its disk or its server answers, and try again",
-                reason="unavailable",
-                category="server",
             ) from None
         finally:
             if working not in self._changing_calls:
@@ -474,17 +472,16 @@ class Checkpoints:
             return await self._in_thread(call, *args)
         except NameTaken:
             raise
+        except StoreUnavailable as error:
+            raise Unavailable(error.code, str(error)) from error
         except StoreError as error:
             reason, category = _MEANING[next(kind for kind in _MEANING if isinstance(error, kind))]
             raise RunError(error.code, str(error), reason=reason, category=category) from error
         except CatalogUnavailable as error:  # which the store asks for the epoch
-            raise RunError(
-                "catalog_unavailable", str(error), reason="unavailable", category="server"
-            ) from error
+            raise Unavailable("catalog_unavailable", str(error)) from error
 
 
 _MEANING: dict[type[StoreError], tuple[Reason, Category]] = {
-    Unavailable: ("unavailable", "server"),
     Corrupt: ("damaged", "server"),
     Missing: ("not_found", "user"),
     StoreError: ("invalid", "user"),
