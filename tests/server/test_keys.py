@@ -89,7 +89,9 @@ def test_runs_and_checkpoints_of_others_do_not_exist(
         bob.create_training_client_from_state(path).result(timeout=WAIT)
     listed = rest.list_user_checkpoints().result(timeout=WAIT).checkpoints
     assert path not in [checkpoint.tinker_path for checkpoint in listed]
-    assert not rest.list_training_runs().result(timeout=WAIT).training_runs
+    runs = rest.list_training_runs().result(timeout=WAIT).training_runs
+    assert client.model_id not in [run.training_run_id for run in runs]
+    assert {run.model_owner for run in runs} <= {"bob"}
 
 
 def test_a_published_checkpoint_can_be_read_and_not_changed(
