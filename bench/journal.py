@@ -20,13 +20,11 @@ import re
 import selectors
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import holdfast
 from bench.engine import MODELS, RANK, make_batch
-from holdfast.cli.server_process import ServerProcess, free_port
+from holdfast.cli.server_process import ServerProcess
 from holdfast.protocol.batches import BatchRequest
 from holdfast.protocol.data import Datum, EncodedText
 from holdfast.protocol.tensors import Tensor
@@ -59,20 +57,16 @@ def measure_latency(requests: int) -> None:
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         ServerProcess(Path(folder) / "data", "--threads", "1", "--device", "cpu") as server,
-        _bare_server(Path(folder) / "bare.db") as bare,
+        _BareServer(Path(folder) / "bare") as bare,
     ):
         fsyncs = _fsync_seconds(Path(folder) / "before")
         runs = []
         for number, pace in enumerate(PACES):
             # The first number is missing, and the others wait.
             clients = [_Client(server.url, requests) for _ in range(CLIENTS)]
-            if number % 2:
-                least = _submit_all(clients, pace, at=bare)
-                ours = _submit_all(clients, pace, at=server.url)
-            else:
-                ours = _submit_all(clients, pace, at=server.url)
-                least = _submit_all(clients, pace, at=bare)
-            runs.append((ours, least))
+            order = [bare, server] if number % 2 else [server, bare]
+            series = {to: _submit_all(clients, pace, to.port) for to in order}
+            runs.append((series[server], series[bare]))
         fsync = statistics.median(fsyncs + _fsync_seconds(Path(folder) / "after"))
     print(f"{CLIENTS} clients, submissions of {clients[0].size / 1024:.0f} KiB")
     goal = 2 * fsync + LATENCY_GOAL
@@ -109,21 +103,12 @@ class _Series:
         return self.times[int(len(self.times) * 0.99)]
 
 
-@contextmanager
-def _bare_server(file: Path) -> Iterator[str]:
-    """The address of a running `bench.bare_server`."""
-    port = free_port()
-    command = [sys.executable, "-m", "bench.bare_server", str(port), str(file)]
-    with subprocess.Popen(command) as process:
-        try:
-            while True:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                assert process.poll() is None, "the bare server does not start"
-                time.sleep(0.02)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
+class _BareServer(ServerProcess):
+    """A running `bench.bare_server`."""
+
+    def command(self) -> list[str]:
+        file = str(self.data_dir / "bare.db")
+        return [sys.executable, "-m", "bench.bare_server", str(self.port), file]
 
 
 class _Client:
@@ -148,19 +133,16 @@ class _Client:
             BatchRequest(model, seq, [datum], "cross_entropy").to_protobuf()
             for seq in range(2, 2 + requests)
         ]
+        http_.close()
         self.size = len(bodies[0])
-        self.began = 0.0
         self._requests = [_request(body) for body in bodies]
-        self.socket = http_.sock
-        self.times: list[float] = []
-        self._received = b""
 
-    def turn_to(self, url: str) -> None:
-        """Send to this server from now on, from the first one on."""
-        self.socket.close()
-        self.socket = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+    def begin(self, port: int) -> None:
+        """Send them all to this server from now on."""
+        self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.times = []
+        self.began = 0.0
+        self.times: list[float] = []
         self._received = b""
 
     @property
@@ -185,10 +167,10 @@ class _Client:
         return True
 
 
-def _submit_all(clients: list[_Client], pace: float, *, at: str) -> _Series:
+def _submit_all(clients: list[_Client], pace: float, port: int) -> _Series:
     """Each client's next submission comes after its last answer, and `pace` after its last one."""
     for client in clients:
-        client.turn_to(at)
+        client.begin(port)
     began = time.perf_counter()
     due = {client: began + number * pace / CLIENTS for number, client in enumerate(clients)}
     with selectors.DefaultSelector() as selector:
@@ -209,6 +191,7 @@ def _submit_all(clients: list[_Client], pace: float, *, at: str) -> _Series:
                     due[client] = max(now, client.began + pace)
                 else:
                     selector.unregister(client.socket)
+                    client.socket.close()
     seconds = time.perf_counter() - began
     return _Series(seconds, sorted(t for client in clients for t in client.times))
 

@@ -31,6 +31,7 @@ from holdfast.catalog.database import SYNC_FAILED
 from holdfast.catalog.statements import Statement
 from tests.catalog.replaced import add_key, add_one_over, keys
 from tests.support.postgres import SECRET, Line, Postgres, line_to
+from tests.support.processes import wait_until
 
 # --- Addresses -------------------------------------------------------------------------------
 
@@ -310,10 +311,7 @@ async def test_a_fault_of_the_database_is_nobodys(opened: Catalog, state: str) -
 
 def no_sessions(postgres: Postgres, address: str) -> None:
     """Wait until there is none."""
-    deadline = time.monotonic() + 30
-    while postgres.sessions(address) > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: postgres.sessions(address) == 0, within=30)
 
 
 @pytest.mark.anyio

@@ -77,6 +77,7 @@ def test_a_list_names_every_checkpoint(run: str) -> None:
     assert datetime.fromisoformat(one["created"]).tzinfo is not None
     assert 0 < one["own_bytes"] < one["size_bytes"]
     assert json_of("checkpoint", "list", "--run", run, "--limit", 1) == found[:1]
+    assert json_of("checkpoint", "list", "--limit", 1) == json_of("checkpoint", "list")[:1]
     text = holdfast("checkpoint", "list", "--run", run, "--limit", 2)
     assert f"tinker://{run}/\n" in text.stdout  # whole, and no name of a smiley
     assert "weights/two" in text.stdout

@@ -77,7 +77,7 @@ def test_submitting_never_waits_for_earlier_operations(
     scripted.op_seconds = 0.2
     started = time.monotonic()
     futures = [training.optim_step() for _ in range(10)]
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 0.15
     futures[-1].result(10)
     assert time.monotonic() - started >= 2.0
     assert all(future.done() for future in futures)

@@ -21,6 +21,7 @@ from tests.faults.surroundings import (
     no_room_for_files,
     set_clock,
 )
+from tests.support.processes import suspended
 
 MOST_DEATHS = 2
 """Of the worker, between two steps of any one tenant: an operation that kills its worker by itself
@@ -267,7 +268,7 @@ class Disturber:
 
     def _hang(self, pids: Sequence[int]) -> None:
         """Suspend these workers until their server has ended them."""
-        with _suspended(pids):
+        with suspended(pids):
             end = time.monotonic() + _HANGS
             while set(pids) & set(self._server.worker_pids()) and not self._stop.wait(0.1):
                 assert time.monotonic() < end, "the server leaves a hung worker alone"
@@ -278,7 +279,7 @@ class Disturber:
         while not self._stop.is_set():
             pids = self._new_workers(self._kill_worker())
             loaded = self._server.log.count(_LOADED)
-            with _suspended(pids):
+            with suspended(pids):
                 self._stop.wait(0.3)
                 if self._server.log.count(_LOADED) == loaded:
                     self._hang(pids)
@@ -314,9 +315,9 @@ class Disturber:
     def _trouble(self, kind: str) -> AbstractContextManager[None]:
         match kind:
             case "suspend server":
-                return _suspended([self._server.pid])
+                return suspended([self._server.pid])
             case "suspend worker":
-                return _suspended(self._server.worker_pids())
+                return suspended(self._server.worker_pids())
             case "no room":
                 return no_room_for_files(self._server)
             case "full disk":
@@ -349,16 +350,3 @@ class Disturber:
 
 class DisturbingFailed(Exception):
     """What was to disturb a script did not work; its cause says why."""
-
-
-@contextmanager
-def _suspended(pids: Sequence[int]) -> Iterator[None]:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from tinker import types
 
 from holdfast.runs.poison import MOST_BEGUN_AGAIN
 from tests.faults.server import BASE_MODEL, FaultyServer
+from tests.support.processes import wait_until
 from tests.support.sdk import batch, service_client
 
 ADAM = types.AdamParams(learning_rate=1e-3)
@@ -33,10 +33,7 @@ def test_an_operation_that_ends_the_server_fails_and_its_run_goes_on(
         poison = client.forward_backward(batch(2), "cross_entropy")
         step = client.optim_step(ADAM)
         for _ in range(1 + MOST_BEGUN_AGAIN):
-            end = time.monotonic() + 60.0
-            while server.alive:
-                assert time.monotonic() < end, "the server does not come to it"
-                time.sleep(0.02)
+            wait_until(lambda: not server.alive, otherwise="the server does not come to it")
             point.touch()
             server.start()
         with pytest.raises(tinker.RequestFailedError, match="the server ended 5 times"):

@@ -77,8 +77,9 @@ def test_an_unknown_key_is_refused(
 def test_runs_and_checkpoints_of_others_do_not_exist(
     alice: tinker.ServiceClient, bob: tinker.ServiceClient
 ) -> None:
-    client, path = saved_by(alice, "private")
     rest = bob.create_rest_client()
+    before = runs_of(rest)
+    client, path = saved_by(alice, "private")
     with pytest.raises(tinker.NotFoundError, match="not found"):
         rest.get_training_run(client.model_id).result(timeout=WAIT)
     with pytest.raises(tinker.NotFoundError, match="not found"):
@@ -89,9 +90,13 @@ def test_runs_and_checkpoints_of_others_do_not_exist(
         bob.create_training_client_from_state(path).result(timeout=WAIT)
     listed = rest.list_user_checkpoints().result(timeout=WAIT).checkpoints
     assert path not in [checkpoint.tinker_path for checkpoint in listed]
-    runs = rest.list_training_runs().result(timeout=WAIT).training_runs
-    assert client.model_id not in [run.training_run_id for run in runs]
-    assert {run.model_owner for run in runs} <= {"bob"}
+    assert runs_of(rest) == before
+
+
+def runs_of(rest: tinker.RestClient) -> list[str]:
+    """The ids of all runs that its user has."""
+    found = rest.list_training_runs(limit=1000).result(timeout=WAIT).training_runs
+    return [run.training_run_id for run in found]
 
 
 def test_a_published_checkpoint_can_be_read_and_not_changed(

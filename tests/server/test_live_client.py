@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import tinker
 
 from holdfast.cli.output import count
 from tests.cli.samples import holdfast
+from tests.support.processes import suspended, wait_until
 from tests.support.raw import ELIXIR, RawRun
 from tests.support.sdk import ADAM, WAIT, Trace, batch, datum, service_client, step, trace
 from tests.support.server import ServerProcess
@@ -170,15 +167,17 @@ def test_results_and_submissions_outlive_a_crash(crashing: ServerProcess) -> Non
         first = run.forward_backward(1)
         expected = run.result(first)
         info = "run", "info", run.model_id, "--url", crashing.url
-        wait_for(lambda: status_of(info)["snapshot"])
+        wait_until(lambda: status_of(info)["snapshot"])
         crashing.kill_and_restart()
-        with suspended_workers(crashing):  # so that the run is still to be recovered
+        wait_until(crashing.worker_pids)
+        with suspended(crashing.worker_pids()):
+            assert status_of(info)["recoveries"] == 0, "the run is still to be recovered"
             second = run.optim_step(2)
             assert run.forward_backward(1) == first, "a repeated submission is recognised"
             assert run.result(first) == expected
             run.refused("forward_backward", run.batch(2, seed=9))
         assert run.result(second)["metrics"]["forward_backwards"] == 1
-        wait_for(lambda: status_of(info)["recoveries"])  # counted just after it
+        wait_until(lambda: status_of(info)["recoveries"])  # counted just after it
         status = status_of(info)
         assert (status["recoveries"], status["divergences"]) == (1, 0)
         assert status["replayed"] <= 1  # none with a snapshot of it
@@ -186,31 +185,9 @@ def test_results_and_submissions_outlive_a_crash(crashing: ServerProcess) -> Non
         assert f"1, with {replayed} replayed" in holdfast(*info).stdout
 
 
-@contextmanager
-def suspended_workers(server: ServerProcess) -> Iterator[None]:
-    """Those that load their base models now go on only when this ends."""
-    wait_for(server.worker_pids)
-    time.sleep(0.1)  # there may be another one
-    pids = server.worker_pids()
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-
 def status_of(info: Sequence[str]) -> dict[str, Any]:
     status: dict[str, Any] = json.loads(holdfast(*info, "--json").stdout)["status"]
     return status
-
-
-def wait_for(come: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not come():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_gap_is_waited_for_anew_after_a_crash(crashing: ServerProcess) -> None:

@@ -18,7 +18,6 @@ import pytest
 
 from holdfast.protocol.batches import BatchResult
 from holdfast.runs.journal import Outcome
-from holdfast.runs.order import GAP_LEASE_AFTER_REFUSAL
 from holdfast.runs.service import ELIXIR as ELIXIR_FAMILY
 from holdfast.server.routes.futures import render
 from tests.support.raw import ELIXIR, PYTHON, RawRun, assert_refused, http_client, json_datum
@@ -140,7 +139,7 @@ def test_a_refused_number_is_not_waited_for(run: RawRun) -> None:
     body = {**run.batch(1), "forward_backward_input": {"data": 5, "loss_fn": "cross_entropy"}}
     run.refused("forward_backward", body)
     assert "forward_backward 1" in run.failure(later), "the step lacks the refused gradients"
-    assert time.monotonic() - started < GAP_LEASE_AFTER_REFUSAL
+    assert time.monotonic() - started < 3
 
 
 # --- Long polls ----------------------------------------------------------------------------------
@@ -593,7 +592,7 @@ def test_a_wrong_request_is_refused_with_its_reason(run: RawRun, mistake: str) -
     started = time.monotonic()
     settled = "batch" in mistake or "tensor" in mistake
     run.result(run.forward_backward(2 if settled else 1))
-    assert time.monotonic() - started < GAP_LEASE_AFTER_REFUSAL, "the run waits for nothing"
+    assert time.monotonic() - started < 3, "the run waits for nothing"
 
 
 def test_a_wrong_method_is_refused(server: ServerProcess) -> None:

@@ -7,14 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.preloaded import IS_POSSIBLE, directory, working_pid
+from tests.support.processes import wait_until
 from tests.support.server import ServerProcess
 
 pytestmark = pytest.mark.skipif(not IS_POSSIBLE, reason="nothing is forked on this system")
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(not IS_POSSIBLE, reason="nothing is forked on th
 
 @pytest.fixture
 def server(tmp_path: Path) -> ServerProcess:
-    directory()  # or else it would be made with what is changed by a test
+    # Made now, or else with what is changed by a test; what loads the most takes a while.
+    wait_until(lambda: (directory() / "worker").exists(), within=120)
     return ServerProcess(tmp_path)
 
 
@@ -33,17 +34,10 @@ def started(server: ServerProcess) -> Iterator[tuple[subprocess.Popen[bytes], in
     with subprocess.Popen(
         command, env=server.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        until(lambda: working_pid(process.pid) is not None)
+        wait_until(lambda: working_pid(process.pid) is not None)
         pid = working_pid(process.pid)
         assert pid is not None
         yield process, pid
-
-
-def until(there: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
@@ -62,7 +56,7 @@ def test_it_dies_when_its_server_kills_what_it_started(server: ServerProcess) ->
     with started(server) as (process, pid):
         os.kill(pid, signal.SIGSTOP)  # also when it hangs
         process.kill()
-        until(lambda: not alive(pid))
+        wait_until(lambda: not alive(pid))
 
 
 def test_its_death_is_seen_by_its_server(server: ServerProcess) -> None:
@@ -79,7 +73,7 @@ def test_it_inherits_its_server_s_limits(server: ServerProcess) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with started(server) as (_, pid):
-            until(lambda: resource.prlimit(pid, resource.RLIMIT_FSIZE) == (limit, hard))
+            wait_until(lambda: resource.prlimit(pid, resource.RLIMIT_FSIZE) == (limit, hard))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -93,5 +87,5 @@ def test_a_server_stops_and_dies_as_ever(server: ServerProcess) -> None:
     pid, workers = server.pid, server.worker_pids()
     server.kill()
     assert not alive(pid)
-    until(lambda: not any(map(alive, workers)))
+    wait_until(lambda: not any(map(alive, workers)))
     assert not server.alive

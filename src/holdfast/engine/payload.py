@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
@@ -91,9 +91,11 @@ def encode_batch(
         tensors[f"{i}.tokens"] = tokens
         for name, value in inputs.items():
             tensors[f"{i}.inputs.{name}"] = value
-    is_plain = not loss_fn_config and len(loss_fn) <= _LONGEST_REMEMBERED
-    meta = _plain_batch_meta if is_plain else partial(_batch_meta, config=loss_fn_config)
-    return _encode(meta(len(data), loss_fn), tensors)
+    if loss_fn_config or len(loss_fn) > _LONGEST_REMEMBERED:
+        meta = _batch_meta(len(data), loss_fn, loss_fn_config)
+    else:
+        meta = _plain_batch_meta(len(data), loss_fn)
+    return _encode(meta, tensors)
 
 
 _LONGEST_REMEMBERED = 64
@@ -345,12 +347,11 @@ def _encode(meta: str, tensors: Mapping[str, Stored]) -> bytes:
     header = [meta]
     content: list[bytes] = []
     end = 0
-    for _, name in sorted([(_RANKS[value.code], name) for name, value in tensors.items()]):
+    for _, name in sorted((_RANKS[value.code], name) for name, value in tensors.items()):
         code, shape, data = tensors[name]
         start, end = end, end + len(data)
-        sizes = shape[0] if len(shape) == 1 else ",".join(map(str, shape))
         header.append(
-            f'{encode_basestring(name)}:{{"dtype":"{code}","shape":[{sizes}],'
+            f'{encode_basestring(name)}:{{"dtype":"{code}","shape":[{",".join(map(str, shape))}],'
             f'"data_offsets":[{start},{end}]}}'
         )
         content.append(data)

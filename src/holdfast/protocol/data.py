@@ -241,10 +241,10 @@ def write_chunk(chunk: Chunk, message: pb.Chunk) -> None:
 def datum_from_protobuf(message: pb.Datum) -> Datum:
     # A slice of a repeated field is a list, which takes less time to go through.
     return Datum(
-        tuple([chunk_from_protobuf(chunk) for chunk in message.model_input[:]]),
+        tuple(map(chunk_from_protobuf, message.model_input[:])),
         {name: Tensor.from_protobuf(value) for name, value in message.loss_fn_inputs.items()},
-        tuple([_span_from_protobuf(span) for span in message.model_input_spans[:]]),
-        tuple([_span_from_protobuf(span) for span in message.loss_fn_input_spans[:]]),
+        tuple(map(_span_from_protobuf, message.model_input_spans[:])),
+        tuple(map(_span_from_protobuf, message.loss_fn_input_spans[:])),
     )
 
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdfast.protocol.bodies import Body
 
+# As JSONResponse does, which makes an encoder for each.
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 Endpoint = Callable[..., Awaitable[Response | dict[str, Any]]]
@@ -52,7 +53,7 @@ class Direct:
         if call is None or not self._is_usual(scope, call):
             await self._app(scope, receive, send)
             return
-        request = _Request(scope, receive)
+        request = Request(scope, receive)
         try:
             body = None
             if call.body is not None:
@@ -62,8 +63,9 @@ class Direct:
                 except (ValueError, RecursionError):
                     await self._app(scope, _again(data), send)
                     return
-            found = await call(request, body)
-            answer: ASGIApp = _InJson(found) if isinstance(found, dict) else found
+            answer = await call(request, body)
+            if isinstance(answer, dict):
+                answer = Response(_JSON(answer), media_type="application/json")
         except ClientDisconnect:
             return
         except Exception as error:
@@ -113,42 +115,6 @@ class _Call:
         if body is not None:
             arguments[self._body] = body
         return await self._endpoint(**arguments)
-
-
-class _Request(Request):
-    """A request whose body mostly comes in one piece."""
-
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            self._body = await _received(self.receive)
-        return self._body
-
-
-async def _received(receive: Receive) -> bytes:
-    """A body. Raises ClientDisconnect when its client goes away before all of it has come."""
-    parts = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-class _InJson:
-    """An answer as JSONResponse gives it, which makes a header object and an encoder for each."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self._body = _JSON(content).encode()
-
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        headers = [
-            (b"content-length", str(len(self._body)).encode()),
-            (b"content-type", b"application/json"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": self._body})
 
 
 def _again(data: bytes) -> Receive:
