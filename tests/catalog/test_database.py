@@ -18,9 +18,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
@@ -36,6 +34,7 @@ from holdfast.catalog import (
 )
 from holdfast.catalog.database import SYNC_FAILED
 from holdfast.catalog.sqlite import SQLite
+from tests.catalog.older import make_tables
 
 
 def add_key(key: str) -> sa.Insert:
@@ -424,11 +423,8 @@ def test_durability_settings(tmp_path: Path) -> None:
 
 def test_bodies_and_results_of_an_older_schema_are_kept(tmp_path: Path) -> None:
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'catalog.db'}")
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    make_tables(engine, "0003")
     with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0003")
         connection.execute(
             sa.text(
                 "INSERT INTO runs (id, generation, session_id, owner, created, last_request, state,"
@@ -459,11 +455,8 @@ def test_bodies_and_results_of_an_older_schema_are_kept(tmp_path: Path) -> None:
 def test_an_index_of_the_first_schema_is_made_anew(tmp_path: Path) -> None:
     """Its rows say nothing of files; the server fills it from the store when it starts."""
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'catalog.db'}")
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    make_tables(engine, "0001")
     with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
         connection.execute(sa.text("INSERT INTO api_keys VALUES ('k', 'h', 'o', 1.0, NULL)"))
         connection.execute(
             sa.text(

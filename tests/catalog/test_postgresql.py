@@ -23,12 +23,12 @@ from holdfast.catalog import (
     CatalogInUse,
     CatalogUnavailable,
     database,
-    migrations,
     postgresql,
     tables,
 )
 from holdfast.catalog.database import SYNC_FAILED
 from holdfast.catalog.statements import Statement
+from tests.catalog.older import make_tables
 from tests.catalog.replaced import add_key, add_one_over, keys
 from tests.support.postgres import SECRET, Line, Postgres, line_to
 from tests.support.processes import wait_until
@@ -111,15 +111,11 @@ def test_several_make_the_tables_at_once(postgres: Postgres) -> None:
 
 
 @pytest.mark.parametrize("version", ["0006", "0009"])
-def test_what_is_in_older_tables_is_kept(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch, version: str
-) -> None:
+def test_what_is_in_older_tables_is_kept(postgres: Postgres, version: str) -> None:
     """And numbers above 32 bits fit then."""
     address = postgres.database()
     backend = postgresql.PostgreSQL.at(address)
-    with monkeypatch.context() as changes:
-        changes.setattr(migrations, "HEAD", version)
-        migrations.upgrade(backend)
+    make_tables(backend.engine, version)
     with backend.engine.begin() as connection:
         for table, row in OLDER_ROWS.items():
             texts = sa.text(f"INSERT INTO {table} ({', '.join(row)}) VALUES (:{', :'.join(row)})")
